@@ -64,9 +64,12 @@ def to_tensor(pixels: np.ndarray,      # uint8, (height, width[, 3])
     return np.ascontiguousarray(((x - np.float32(mean))/np.float32(std)).astype(np.float32).transpose(2, 0, 1))
 
 # %% ../nbs/11_pipeline.ipynb #64524148
-def softmax(state: dict, temperature: float = 1.0) -> dict:
+def softmax(state: dict,
+            temperature: float = 1.0,    # divides the logits
+            bias: list | None = None     # added per class afterwards
+           ) -> dict:
     "Probabilities (n, classes) from logits (n, classes)."
-    z = np.asarray(state['logits'], np.float64)/temperature
+    z = np.asarray(state['logits'], np.float64)/temperature + np.asarray(0 if bias is None else bias)
     e = np.exp(z - z.max(-1, keepdims=True))
     return state | {'probabilities': e/e.sum(-1, keepdims=True)}
 
@@ -154,5 +157,5 @@ def image_pipeline(classes: list,                # class names, in the order of 
     "The usual pipeline of an image classifier."
     steps = [{'step': 'decode', 'mode': mode}, {'step': 'resize', 'height': size, 'width': size, 'filter': filter},
              {'step': 'to_tensor', 'mean': list(mean), 'std': list(std), 'channels': 3}, {'step': 'model'},
-             {'step': 'softmax', 'temperature': 1.0}, {'step': 'decide', 'negative': negative, 'threshold': 0.5, 'review': None}]
+             {'step': 'softmax', 'temperature': 1.0, 'bias': None}, {'step': 'decide', 'negative': negative, 'threshold': 0.5, 'review': None}]
     return Pipeline(tuple({'step': s.pop('step'), 'version': 1, **s} for s in steps), tuple(classes))
