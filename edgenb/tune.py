@@ -157,9 +157,9 @@ def _checkpoint(work: Path, net, optimizer, schedule, epoch, history, best):
     os.replace(work/'checkpoint.new', work/'checkpoint.pt')
 
 # %% ../nbs/02_tune.ipynb #71df5b41
-def fit(net, train: Pixels, targets, validation: Pixels, validation_targets, weights, *, method, augmentations, num_train_epochs, batch_size,
-        learning_rate, head_learning_rate, weight_decay, patience, seed, work) -> list:
-    "Train with early stopping on the validation loss; returns the history, leaves the best weights in `net`."
+def fit(net, early: Pixels | None, train: Pixels, targets, validation: Pixels, validation_targets, weights, *, method, augmentations, early_epochs,
+        num_train_epochs, batch_size, learning_rate, head_learning_rate, weight_decay, patience, seed, work) -> list:
+    "Train (first `early_epochs` on `early`, the same images smaller) with early stopping on the validation loss; returns the history, leaves the best weights in `net`."
     import torch
     from tqdm.auto import tqdm
     head = head_of(net)
@@ -169,13 +169,14 @@ def fit(net, train: Pixels, targets, validation: Pixels, validation_targets, wei
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps*num_train_epochs))
     epoch, history, best = _restore(work, net, optimizer, schedule)
     with tqdm(total=steps*num_train_epochs, initial=steps*epoch, desc='tuning', unit='step', mininterval=1) as bar:
-        while epoch < num_train_epochs and not _stalled(history, patience):
+        while epoch < num_train_epochs and not _stalled(history[early_epochs:], patience):
             rng = np.random.default_rng([seed, epoch]); torch.manual_seed(seed*1000 + epoch)
             to_train(net, method)
+            pixels = early if epoch < early_epochs else train
             order, losses = rng.permutation(len(train)), []
             for s in range(steps):
                 rows = order[s*batch_size:(s + 1)*batch_size]
-                loss = loss_of(net(train.normal(augment(train.raw(rows), augmentations, rng)))[0], targets[rows], weights)
+                loss = loss_of(net(pixels.normal(augment(pixels.raw(rows), augmentations, rng)))[0], targets[rows], weights)
                 optimizer.zero_grad(set_to_none=True); loss.backward()
                 torch.nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], 5.0)
                 optimizer.step(); schedule.step()
@@ -184,7 +185,7 @@ def fit(net, train: Pixels, targets, validation: Pixels, validation_targets, wei
             accuracy = (logits.argmax(-1) == validation_targets.argmax(-1)).float().mean().item()
             epoch += 1
             history.append({'epoch': epoch, 'train_loss': float(np.mean(losses)), 'validation_loss': loss_of(logits, validation_targets, torch.ones(logits.shape[1])).item(), 'validation_accuracy': accuracy})
-            if history[-1]['validation_loss'] <= min(h['validation_loss'] for h in history): best = {k: v.clone() for k, v in net.state_dict().items()}
+            if epoch <= early_epochs or history[-1]['validation_loss'] <= min(h['validation_loss'] for h in history[early_epochs:]): best = {k: v.clone() for k, v in net.state_dict().items()}
             _checkpoint(work, net, optimizer, schedule, epoch, history, best)
     net.load_state_dict(best)
     return history
@@ -233,7 +234,8 @@ def tune(run,
          model_name_or_path: str = 'bundled:efficientnet-lite0',  # or a hub id or folder of transformers
          method: str = 'full',               # 'full', 'lora' or 'head'
          size: int = 192,                    # input height and width, pixels; 0: the network's own
-         num_train_epochs: int = 8,
+         num_train_epochs: int = 12,
+         early_size: int = 0, early_epochs: int = 0,   # the first epochs on smaller images: cheaper, and a good start
          batch_size: int = 16,
          learning_rate: float = 0.0,         # of the body; 0: 5e-4 for full, 2e-3 for lora
          head_learning_rate: float = 3e-3,
@@ -250,6 +252,8 @@ def tune(run,
     "Fine-tune and calibrate. Leaves model.safetensors, network.json and pipeline.json."
     from edgenb.vision import load_network, network_pipeline, torch
     from safetensors.torch import load_file, save_file
+    if early_epochs and not (early_epochs < num_train_epochs and early_size >= 32): raise EdgenbError(f'tune: early_epochs {early_epochs} must be below num_train_epochs {num_train_epochs}, and early_size {early_size} at least 32')
+    if min(num_train_epochs, batch_size, patience) < 1: raise EdgenbError('tune: num_train_epochs, batch_size and patience must be at least 1')
     _known([method], METHODS, 'method'); _known(augmentations, AUGMENTATIONS, 'augmentation')
     facts = run.card('data').result
     overridden = require(facts['certificate'], accept_gates)
@@ -259,12 +263,14 @@ def tune(run,
     pipeline = network_pipeline(model_name_or_path, classes, size, negative=classes.index(negative))
     training, held = examples_of(run, 'train'), examples_of(run, 'validation')
     train, validation = Pixels(training, pipeline, 'training images'), Pixels(held, pipeline, 'validation images')
+    small = pipeline.with_step('resize', height=early_size, width=early_size) if early_epochs else None
+    early = Pixels(training, small, 'training images, small') if small else None
     net = load_network(model_name_or_path, len(classes))
     if start_from: net.load_state_dict(load_file(start_from))
     net = prepare(net, method, lora_r, lora_alpha)
     targets = soft_targets(training, classes, negative, soft_labels)
     weights = class_weights([e.label for e in training], classes, class_weighting)
-    history = fit(net, train, targets, validation, soft_targets(held, classes, negative, False), weights, method=method, augmentations=augmentations,
+    history = fit(net, early, train, targets, validation, soft_targets(held, classes, negative, False), weights, method=method, augmentations=augmentations, early_epochs=early_epochs,
                   num_train_epochs=num_train_epochs, batch_size=min(batch_size, len(training)), learning_rate=learning_rate or (2e-3 if method == 'lora' else 5e-4),
                   head_learning_rate=head_learning_rate, weight_decay=weight_decay, patience=patience, seed=seed, work=run.work)
     if method == 'lora': net = net.merge_and_unload()
@@ -275,7 +281,7 @@ def tune(run,
     config = net.model.config.to_dict() if hasattr(net, 'model') else None
     write_json(run.new('network.json'), {'model_name_or_path': model_name_or_path, 'classes': len(classes), 'config': config})
     pipeline.save(run.new('pipeline.json'))
-    best = min(history, key=lambda h: h['validation_loss'])
+    best = min(history[early_epochs:], key=lambda h: h['validation_loss'])
     return {'history': history, 'validation': best, 'calibration': calibration, 'decision': pipeline.step('decide'), 'overridden_gates': overridden,
             'trained': len(training), 'threads': num_threads, 'parameters': sum(p.numel() for p in net.parameters())}
 
