@@ -1,0 +1,57 @@
+"""Make the environment in .venv/ and do something with it: `python3 bootstrap.py wafer` or `python3 bootstrap.py test`.
+
+Needs Python 3.11 or newer and nothing else. Safe to interrupt and to run again: what is installed is kept, and a second run starts at once.
+"""
+import hashlib, os, subprocess, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT/'.venv'
+BIN = VENV/('Scripts' if os.name == 'nt' else 'bin')
+JOBS = {'env': ('lab,dev', None), 'wafer': ('lab', ['edgenb', 'run', 'wafer']), 'test': ('lab,dev', ['python', '-m', 'pytest'])}
+
+
+def stop(message): sys.exit(f'edgenb: {message}')
+
+
+def call(*command, **kw):
+    try: done = subprocess.run([str(c) for c in command], cwd=ROOT, **kw).returncode
+    except KeyboardInterrupt: stop('interrupted; what is installed is kept, run the same command again')
+    if done: stop(f"'{' '.join(Path(str(c)).name for c in command[:4])} ...' failed with exit code {done}; its message is above")
+
+
+def installed(extras):
+    "The stamp that says this exact set is installed."
+    what = [(ROOT/f).read_bytes() for f in ('pyproject.toml', 'constraints.txt')] + [sys.version.encode(), extras.encode(), str(ROOT).encode()]
+    return VENV/f".installed-{extras.replace(',', '-')}", hashlib.sha256(b'\0'.join(what)).hexdigest()
+
+
+def environment(extras):
+    "Create .venv/ and install edgenb with `extras` into it, unless that has been done."
+    stamp, key = installed(extras)
+    if stamp.exists() and stamp.read_text() == key: return
+    healthy = (BIN/'python').exists() and not subprocess.run([str(BIN/'python'), '-m', 'pip', '--version'], capture_output=True).returncode
+    if not healthy:
+        print('edgenb: creating .venv', flush=True)
+        try: import ensurepip, venv  # noqa: F401
+        except ImportError: stop('this Python has no venv module; on Debian and Ubuntu: apt-get install python3-venv')
+        call(sys.executable, '-m', 'venv', '--clear', VENV)
+    print(f'edgenb: installing edgenb[{extras}] into .venv (once; some minutes)', flush=True)
+    call(BIN/'python', '-m', 'pip', 'install', '--disable-pip-version-check', '-c', ROOT/'constraints.txt', '-e', f'{ROOT}[{extras}]')
+    if 'dev' in extras and (ROOT/'.git').exists() and (BIN/'nbdev-install-hooks').exists(): call(BIN/'nbdev-install-hooks', stdout=subprocess.DEVNULL)
+    stamp.write_text(key)
+
+
+def main(job='', *more):
+    if sys.version_info < (3, 11): stop(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try PYTHON=python3.12 make {job or 'wafer'}")
+    if job not in JOBS: stop(f"what shall be done? one of: {', '.join(JOBS)}")
+    extras, command = JOBS[job]
+    environment(extras)
+    if not command: return
+    os.environ['PATH'] = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
+    os.environ['VIRTUAL_ENV'] = str(VENV)
+    try: sys.exit(subprocess.run([str(BIN/command[0]), *command[1:], *more], cwd=ROOT).returncode)
+    except KeyboardInterrupt: sys.exit(130)
+
+
+if __name__ == '__main__': main(*sys.argv[1:])
