@@ -21,16 +21,18 @@ def thumbnail(pixels: np.ndarray   # uint8, (height, width)
     "Small averaged copy of a grey image."
     return np.asarray(Image.fromarray(pixels).resize((THUMB, THUMB), Image.Resampling.BOX))
 
-def individual(thumbs: np.ndarray     # uint8, (n, 64, 64)
-              ) -> np.ndarray:        # float32, (n, 4096), rows of unit length (or zero for a blank image)
+def individual(thumbs: np.ndarray,        # uint8, (n, 64, 64)
+               base: int | None = None    # the first so many say what is common; default: all
+              ) -> np.ndarray:            # float32, (n, 4096), rows of unit length (or zero for a blank image)
     "What is left of each image when brightness, contrast and what the set has in common are removed."
     from scipy.sparse.linalg import svds
     def unit(x): return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
     x = thumbs.reshape(len(thumbs), -1).astype(np.float32)
     x = unit(x - x.mean(1, keepdims=True))
-    if (k := min(30, len(x)//20)) < 1: return x
-    x -= x.mean(0)
-    _, _, common = svds(x, k=k, v0=np.ones(min(x.shape), np.float32))
+    known = x[:base]
+    if (k := min(30, len(known)//20)) < 1: return x
+    x = x - known.mean(0)
+    _, _, common = svds(x[:base], k=k, v0=np.ones(min(x[:base].shape), np.float32))
     return unit(x - (x @ common.T) @ common)
 
 @dataclass(frozen=True)
@@ -40,12 +42,13 @@ class Duplicates:
     clusters: np.ndarray   # int (n,), the same number for images connected by pairs
 
 def near_duplicates(thumbs: np.ndarray,        # uint8, (n, 64, 64)
-                    similarity: float = 0.9    # correlation of the individual remains
+                    similarity: float = 0.9,   # correlation of the individual remains
+                    base: int | None = None    # the first so many say what is common to all; default: all
                    ) -> Duplicates:
     "Pairs of images that show the same thing, exact copies included."
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
-    x, pairs = individual(thumbs), []
+    x, pairs = individual(thumbs, base), []
     flat = thumbs.reshape(len(thumbs), -1)
     for start in range(0, len(x), 1024):
         close = x[start:start+1024] @ x.T

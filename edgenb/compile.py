@@ -9,7 +9,7 @@ __all__ = ['RUNTIMES', 'OPSET', 'Runtime', 'runtime', 'Torch', 'export_onnx', 'q
 import json
 from pathlib import Path
 import numpy as np
-from .core import EdgenbError, did_you_mean, room
+from .core import EdgenbError, did_you_mean, progress, room
 from .pipeline import Pipeline
 
 # %% ../nbs/04_compile.ipynb #478afbe6
@@ -133,14 +133,13 @@ def compile(run,
     "Build every candidate for every runtime that can hold it. Leaves one file an artifact, and artifacts.json."
     from edgenb.data import examples_of
     from edgenb.squeeze import squeezed
-    from tqdm.auto import tqdm
     net, pipeline = squeezed(run)
     candidates = json.loads(run.file('squeeze', 'candidates.json').read_text(encoding='utf-8'))
     held = {e.id: e for e in examples_of(run, 'validation')}
     artifacts, left_out = [], []
     for name in runtimes:
         r = runtime(name)
-        for c in tqdm(candidates, desc=f'compiling for {name}', unit='artifact'):
+        for c in progress(candidates, desc=f'compiling for {name}', unit='artifact'):
             if c['precision'] not in r.precisions: left_out.append(f"{name} has no {c['precision']}"); continue
             file = r.build(net, pipeline, c, [pipeline.before(held[i].read()) for i in c['calibration']], run.new(f"{name}-{c['name']}{r.suffix}"))
             artifacts.append({'artifact': f"{name}-{c['name']}", 'runtime': name, 'precision': c['precision'], 'file': file.name, 'size_mb': round(file.stat().st_size/1e6, 3)})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'Example', 'load_examples', 'save_examples', 'read_folder', 'read_coco', 'read_yolo', 'read_elpv',
-           'read_source', 'check_examples', 'split', 'freeze', 'data', 'examples_of']
+           'read_source', 'check_examples', 'split', 'freeze', 'add_training', 'data', 'examples_of']
 
 # %% ../nbs/01_data.ipynb #afc5f8c6
 import csv, hashlib, io, json
@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
-from .core import EdgenbError, did_you_mean, digest, digest_of, room, write_atomic
+from .core import EdgenbError, did_you_mean, digest, digest_of, progress, room, write_atomic
 from .pipeline import decode
 from .weights import fetch
 
@@ -171,7 +171,7 @@ def split(strata: list,           # one label an example; each split gets its sh
 def _outside(source, extra, negative, labels, **_):
     "Digests of the sources: of the listing, and of every image."
     def one(s):
-        if str(s).startswith('bundled:'): return digest(fetch(s).parent/'source.json') if fetch(s).is_file() else digest(fetch(s)/'source.json')
+        if str(s).startswith('bundled:'): return digest(fetch(s)/'source.json')   # names the package's digest
         if not Path(s).exists(): raise EdgenbError(f'{s} does not exist: check the path')
         p = Path(s)
         return digest(p.parent if p.suffix == '.json' else p)
@@ -179,16 +179,30 @@ def _outside(source, extra, negative, labels, **_):
 
 def freeze(examples: list) -> tuple:   # (list of Example with sha256, thumbnails uint8 (n, 64, 64))
     "Decode every image once: proves that it can be read, takes its digest and a thumbnail."
-    from tqdm.auto import tqdm
     from edgenb.certificate import thumbnail
     frozen, thumbs, bad = [], [], []
-    for e in tqdm(examples, desc='checking images', unit='image', mininterval=1):
+    for e in progress(examples, desc='checking images', unit='image'):
         content = e.read()
         try: thumbs.append(thumbnail(decode(content)))
         except EdgenbError as error: bad.append(f'{e.path}: {str(error).removeprefix("image ")}')
         else: frozen.append(replace(e, sha256=hashlib.sha256(content).hexdigest()))
     if bad: raise EdgenbError(f'{len(bad)} image(s) cannot be read; the first: {bad[0]}' + (f"; also {', '.join(b.split(':')[0] for b in bad[1:6])}" if bad[1:] else ''))
     return frozen, np.stack(thumbs)
+
+def add_training(examples: list, thumbs: np.ndarray, base: int, more: str, negative: str, labels: str) -> tuple:
+    "Examples and thumbnails with those of source `more` added for training; what looks like a validation or test image is left out and returned as problem rows."
+    from edgenb.certificate import near_duplicates
+    added = read_source(more, negative, labels)[0]
+    check_examples(examples + added, f'the data with {more}')
+    known = {e.label for e in examples}
+    if odd := next((e for e in added if e.label not in known), None): raise EdgenbError(f"{more}: {odd.id} is labelled {odd.label}, a class the data does not have ({', '.join(sorted(known))})")
+    added, new = freeze(added)
+    n, out = len(examples), {}
+    for i, j, s in near_duplicates(np.concatenate([thumbs, new]), base=base).pairs:
+        if i < n <= j and examples[i].split in ('validation', 'test'): out[j - n] = (examples[i], s)
+    kept = [k for k in range(len(added)) if k not in out]
+    dropped = [{'id': added[k].id, 'label': added[k].label, 'split': 'left out', 'problem': f'left out: looks like (correlation {s:.2f}) {e.id}, in {e.split}', 'path': added[k].path} for k, (e, s) in out.items()]
+    return examples + [replace(added[k], split='train') for k in kept], np.concatenate([thumbs, new[kept]]), dropped
 
 @room(1, libraries=('numpy', 'pillow', 'scikit-learn', 'cleanlab', 'torch'), reads=_outside)
 def data(run,
@@ -228,14 +242,11 @@ def data(run,
             if not any(e.split == name and e.label == c for e in examples):
                 n = sum(e.label == c for e in examples)
                 raise EdgenbError(f'{source} has {n} example(s) of class {c}: too few to put some into train, validation and test; collect at least {min_per_class}')
-    for more in extra:
-        added = read_source(more, negative, labels)[0]
-        check_examples(examples + added, f'{source} with {more}')
-        added, thumbs_added = freeze(added)
-        examples += [replace(e, split='train') for e in added]
-        thumbs = np.concatenate([thumbs, thumbs_added])
-    if extra: twins = near_duplicates(thumbs)
+    base, left_out = len(examples), []
+    for more in extra: examples, thumbs, dropped = add_training(examples, thumbs, base, more, negative, labels); left_out += dropped
+    if extra: twins = near_duplicates(thumbs, base=base)
     certificate, problems = certify(examples, twins, negative, label_accuracy, min_per_class, confidence, features, seed)
+    problems = left_out + problems
     kinds = {e.kind for e in examples}
     save_examples(examples, run.new('examples.jsonl'))
     write_atomic(run.new('certificate.json'), json.dumps(certificate, indent=1))

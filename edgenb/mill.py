@@ -7,7 +7,7 @@ __all__ = ['recipes', 'recipe', 'read_notebook', 'headline', 'Parameter', 'param
            'summary', 'ledger', 'ledger_table']
 
 # %% ../nbs/09_mill.ipynb #dca6fd3f
-import json, os, re
+import contextlib, json, os, re, sys, tempfile, threading
 from dataclasses import dataclass
 from pathlib import Path
 from .core import EdgenbError, Run, did_you_mean, file_errors, settings
@@ -94,6 +94,27 @@ def check_parameters(known: dict, given: dict) -> dict:
     return {n: typed(known[n], v) for n, v in given.items()}
 
 # %% ../nbs/09_mill.ipynb #117805ff
+class _Aloud:
+    "Says on standard error, every ten seconds at most, how far the room at work in the kernel is."
+    def __enter__(self):
+        self.path, self.over = Path(tempfile.mkstemp(prefix='edgenb-', suffix='.status')[1]), threading.Event()
+        os.environ['EDGENB_STATUS'] = str(self.path)
+        self.thread = threading.Thread(target=self._speak, daemon=True)
+        self.thread.start()
+        return self
+
+    def _speak(self):
+        from tqdm import tqdm
+        said = ''
+        while not self.over.wait(10):
+            if (now := self.path.read_text(encoding='utf-8', errors='replace')) not in ('', said): tqdm.write(f'  {now}', file=sys.stderr); said = now
+
+    def __exit__(self, *_):
+        self.over.set(); self.thread.join()
+        os.environ.pop('EDGENB_STATUS', None)
+        self.path.unlink(missing_ok=True)
+
+# %% ../nbs/09_mill.ipynb #0dcfdd9f
 def run_recipe(name: str,                    # of a recipe, or the path of a notebook
                given: dict = {},             # parameters, typed or as text
                *, log_output: bool = False,  # also print what the notebook prints
@@ -107,11 +128,10 @@ def run_recipe(name: str,                    # of a recipe, or the path of a not
     with file_errors(run.path): run.path.mkdir(parents=True, exist_ok=True)
     if not os.access(run.path, os.W_OK): raise EdgenbError(f'cannot write {run.path}: choose another output_dir or change its permissions')
     if 'output_dir' in known: values['output_dir'] = str(run.path)
-    os.environ.setdefault('GOMP_SPINCOUNT', '0'); os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     from papermill import PapermillExecutionError, execute_notebook
     out = run.path/f'{path.stem}.ipynb'
     try:
-        with file_errors(out): execute_notebook(str(path), str(out), values, progress_bar=progress, log_output=log_output, prepare_only=prepare_only, cwd=str(settings().root))
+        with file_errors(out), _Aloud() if progress else contextlib.nullcontext(): execute_notebook(str(path), str(out), values, progress_bar=progress, log_output=log_output, prepare_only=prepare_only, cwd=os.getcwd())
     except PapermillExecutionError as e:
         said = e.evalue.splitlines()[0] if e.evalue else ''
         if e.ename == 'EdgenbError': raise EdgenbError(f'{said} (cell {e.cell_index + 1} of {out})') from None

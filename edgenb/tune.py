@@ -11,7 +11,7 @@ import json, math, os, random
 from pathlib import Path
 import numpy as np
 from .certificate import require
-from .core import EdgenbError, did_you_mean, room, write_json
+from .core import EdgenbError, did_you_mean, progress, room, write_json
 from .data import examples_of
 from .pipeline import Pipeline
 
@@ -106,9 +106,8 @@ class Pixels:
     "Images decoded and resized once, kept as uint8; normalised on demand exactly as the pipeline does."
     def __init__(self, examples, pipeline: Pipeline, what: str):
         import torch
-        from tqdm.auto import tqdm
         step = pipeline.step('to_tensor')
-        self.x = torch.from_numpy(np.stack([pipeline.before(e.read(), stop='to_tensor') for e in tqdm(examples, desc=f'reading {what}', unit='image', mininterval=1)]))
+        self.x = torch.from_numpy(np.stack([pipeline.before(e.read(), stop='to_tensor') for e in progress(examples, desc=f'reading {what}', unit='image')]))
         self.x = self.x[:, None] if self.x.ndim == 3 else self.x.permute(0, 3, 1, 2)
         self.channels = step['channels']
         self.mean, self.std = (torch.tensor(step[k], dtype=torch.float32).view(1, -1, 1, 1) for k in ('mean', 'std'))
@@ -161,14 +160,13 @@ def fit(net, early: Pixels | None, train: Pixels, targets, validation: Pixels, v
         num_train_epochs, batch_size, learning_rate, head_learning_rate, weight_decay, patience, seed, work) -> list:
     "Train (first `early_epochs` on `early`, the same images smaller) with early stopping on the validation loss; returns the history, leaves the best weights in `net`."
     import torch
-    from tqdm.auto import tqdm
     head = head_of(net)
     net = net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(_groups(net, head.split('.modules_to_save')[0].removeprefix('base_model.model.'), learning_rate, head_learning_rate, weight_decay))
     steps = max(1, len(train)//batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps*num_train_epochs))
     epoch, history, best = _restore(work, net, optimizer, schedule)
-    with tqdm(total=steps*num_train_epochs, initial=steps*epoch, desc='tuning', unit='step', mininterval=1) as bar:
+    with progress(total=steps*num_train_epochs, initial=steps*epoch, desc='tuning', unit='step') as bar:
         while epoch < num_train_epochs and not _stalled(history[early_epochs:], patience):
             rng = np.random.default_rng([seed, epoch]); torch.manual_seed(seed*1000 + epoch)
             to_train(net, method)

@@ -12,7 +12,7 @@ import json, math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
-from .core import EdgenbError, did_you_mean, digest_of, room, write_json
+from .core import EdgenbError, did_you_mean, digest_of, progress, room, write_json
 from .data import examples_of
 from .device import device as find_device, fit
 
@@ -175,16 +175,15 @@ def verify(run,
     from edgenb.compile import runtime
     from edgenb.measure import measure
     from edgenb.tune import tuned
-    from tqdm.auto import tqdm
     find_metric(metric)
     about, tests = find_device(device), examples_of(run, 'test')
     _, pipeline = tuned(run)
     y, negative = np.array([pipeline.classes.index(e.label) for e in tests]), pipeline.step('decide')['negative']
-    inputs = np.stack([pipeline.before(e.read()) for e in tqdm(tests, desc='reading test images', unit='image', mininterval=1)])
+    inputs = np.stack([pipeline.before(e.read()) for e in progress(tests, desc='reading test images', unit='image')])
     reference = {'artifact': 'reference', 'runtime': 'torch', 'precision': 'fp32', 'path': run.file('tune', 'model.safetensors')}
     built = [a | {'path': run.file('compile', a['file'])} for a in run.card('compile').result['artifacts']]
     rows, kept = [], {}
-    for a in tqdm([reference, *built], desc='verifying', unit='artifact'):
+    for a in progress([reference, *built], desc='verifying', unit='artifact'):
         answer = answers(runtime(a['runtime']).load(a['path']), pipeline, inputs, negative)
         kept[a['artifact']] = answer
         p = parity(kept['reference'], answer, (None, y), metric, tolerance, confidence, seed=seed)

@@ -10,7 +10,7 @@ def toy_image(rng, scratched: bool) -> Image.Image:
     image = Image.fromarray(np.clip(110 + slope + rng.normal(0, 12, (64, 64)), 0, 255).astype(np.uint8))
     if scratched:
         (a, b), (c, d) = rng.integers(4, 60, 2), rng.integers(4, 60, 2)
-        ImageDraw.Draw(image).line([(0, int(a)), (int(c), int(b)), (63, int(d))], fill=235, width=3)
+        ImageDraw.Draw(image).line([(0, int(a)), (int(c), int(b)), (63, int(d))], fill=185, width=2)
     return image
 
 
@@ -41,7 +41,7 @@ def toy_run(toy_images, tmp_path_factory):
     from edgenb.watch import watch
     run = Run.start('toy', tmp_path_factory.mktemp('runs'))
     failing = [g['gate'] for g in data(run, source=str(toy_images), field=0.1).result['certificate']['gates'] if not g['passed']]
-    tune(run, method='head', size=64, num_train_epochs=2, head_learning_rate=0.03, accept_gates=failing)
+    tune(run, method='head', size=64, num_train_epochs=2, head_learning_rate=0.004, accept_gates=failing)
     squeeze(run, precisions=['fp32'], calibration_images=16)
     compile(run)
     verify(run, tolerance=0.5, latency_budget_ms=10_000, timing_runs=10)

@@ -30,7 +30,8 @@ def second(run, times=2):
     from . import lazy
     for side in ('left', 'right'):   # {words}
         saved = run.work/f'{{side}}.json'
-        if not saved.exists(): write_json(saved, [lazy.scale(n)*times for n in json.loads(run.file('first', f'{{side}}/n.json').read_text())])
+        if not saved.exists():
+            write_json(saved, [lazy.scale(n)*times for n in json.loads(run.file('first', f'{{side}}/n.json').read_text())])
     run.new('both.json').write_text(json.dumps([json.loads((run.work/f'{{side}}.json').read_text()) for side in ('left', 'right')]))
     done('second')
     return {{'sums': [sum(json.loads((run.work/f'{{side}}.json').read_text())) for side in ('left', 'right')]}}
@@ -84,7 +85,7 @@ def arm(fault: Fault):
         seen += 1
         if seen < fault.at or (seen > fault.at and not fault.lasting): return False
         if fault.kind == 'kill': _die()
-        if fault.kind != 'cut': raise OSError(number := getattr(errno, fault.kind), os.strerror(number), path if isinstance(path, (str, bytes)) else None)
+        if fault.kind != 'cut': raise OSError(number := getattr(errno, fault.kind), os.strerror(number), path)
         return True
 
     class Written:
@@ -114,6 +115,7 @@ class Ended:
     "What a child said, and how it ended."
     said: list           # what it reported, in order
     signal: int          # 0, or the signal that killed it
+    pid: int
     @property
     def last(self): return self.said[-1]
 
@@ -137,7 +139,7 @@ class Child:
 
     def end(self) -> Ended:
         with open(self.read, 'rb') as f: said = [json.loads(line) for line in f.read().split(b'\n') if line]
-        return Ended(said, os.WTERMSIG(status) if os.WIFSIGNALED(status := os.waitpid(self.pid, 0)[1]) else 0)
+        return Ended(said, os.WTERMSIG(status) if os.WIFSIGNALED(status := os.waitpid(self.pid, 0)[1]) else 0, self.pid)
 
 def toy_rooms(folder: Path, tally: Path | None = None):
     "The package's rooms, freshly imported (for use in a child); each room that is computed adds a line to `tally`."

@@ -1,0 +1,54 @@
+"The wafer recipe in a real JupyterLab, in a real browser."
+import contextlib, json, shutil, socket, subprocess, sys, time, urllib.request
+from pathlib import Path
+import pytest
+
+root = Path(__file__).parents[1]
+chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(chromium is None, reason='no Chromium on this machine (Debian: apt-get install chromium)')]
+
+
+@pytest.fixture(scope='session')
+def browser_type_launch_args(browser_type_launch_args): return {**browser_type_launch_args, 'executable_path': chromium, 'args': ['--no-sandbox']}
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "The address of a JupyterLab that serves `tmp_path`."
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    process = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--IdentityProvider.token=',
+                                f'--ServerApp.root_dir={tmp_path}', '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=None'], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(240):
+            with contextlib.suppress(OSError): urllib.request.urlopen(f'http://127.0.0.1:{port}/api/status'); break
+            time.sleep(0.5)
+        yield f'http://127.0.0.1:{port}'
+    finally: process.terminate(); process.wait(20)
+
+
+def test_the_wafer_recipe_runs_in_jupyterlab_and_shows_live_plots(page, lab, tmp_path):
+    from edgenb.core import EdgenbError
+    from edgenb.weights import fetch
+    try: fetch('elpv'); fetch('efficientnet-lite0')
+    except EdgenbError as e: pytest.skip(str(e))
+    text = (root/'nbs'/'recipes'/'wafer.ipynb').read_text(encoding='utf-8').replace('smoke: bool = False', 'smoke: bool = True').replace('second_turn: bool = True', 'second_turn: bool = False')
+    (tmp_path/'wafer.ipynb').write_text(text)
+    page.set_viewport_size({'width': 1400, 'height': 1000})
+    asked = []
+    page.on('request', lambda r: asked.append(r.url))
+    page.goto(f'{lab}/lab/tree/wafer.ipynb')
+    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status=='idle'", timeout=120_000)
+    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    done = page.wait_for_function("""() => { const cells = window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells.map(c => c.toJSON());
+        const texts = cells.flatMap(c => c.outputs || []).map(o => JSON.stringify(o));
+        return texts.some(t => t.includes('"output_type":"error"')) ? 'failed' : texts.some(t => t.includes('smoke run finished')) ? 'finished' : false }""", timeout=300_000).json_value()
+    cells = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells.map(c => c.toJSON())")
+    errors = [o for c in cells for o in c.get('outputs', []) if o['output_type'] == 'error']
+    assert done == 'finished', json.dumps(errors)[:2000]
+    plots = [i for i, c in enumerate(cells) if any('application/vnd.plotly.v1+json' in o.get('data', {}) for o in c.get('outputs', []))]
+    assert len(plots) >= 4
+    for i in plots[:4]:
+        page.evaluate(f"() => {{ const c = window.jupyterapp.shell.currentWidget.content; c.activeCellIndex = {i}; c.scrollToItem({i}) }}")
+        page.wait_for_function("() => document.querySelector('.jp-Cell.jp-mod-active .js-plotly-plot .main-svg')?.getBoundingClientRect().height > 100", timeout=60_000)
+        page.screenshot(path=str(tmp_path/f'plot-{i}.png'))
+    assert all(u.startswith((lab, 'data:', 'blob:', lab.replace('http', 'ws'))) for u in asked), [u for u in asked if not u.startswith(lab)]   # nothing from outside

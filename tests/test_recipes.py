@@ -1,0 +1,97 @@
+"The recipes as a user runs them: through the command line, interrupted, again, and compared."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+
+root = Path(__file__).parents[1]
+edgenb = Path(sys.executable).parent/'edgenb'
+
+
+@pytest.fixture(scope='module')
+def workspace(tmp_path_factory):
+    "A workspace of its own, so that nothing is taken over from earlier runs; skipped where the sample data cannot be had."
+    from edgenb.core import EdgenbError
+    from edgenb.weights import fetch
+    try: fetch('elpv'); fetch('efficientnet-lite0')
+    except EdgenbError as e: pytest.skip(str(e))
+    folder = tmp_path_factory.mktemp('workspace')
+    (folder/'settings.ini').write_text((root/'settings.ini').read_text())
+    (folder/'nbs').symlink_to(root/'nbs')
+    return folder
+
+
+def start(workspace, *args): return subprocess.Popen([edgenb, 'run', 'wafer', '-p', 'smoke', 'true', '--no-progress', '--json', *args], cwd=workspace, stdout=subprocess.PIPE,
+                                                     stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope='module')
+def killed_then_finished(workspace):
+    "A smoke run that is killed with all its processes once `tune` has left its card, and the run that follows."
+    first = start(workspace)
+    for _ in range(1200):
+        if list(workspace.glob('runs/wafer/*/02-tune.json')): break
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL); first.communicate()
+    return finish(start(workspace))
+
+
+def card(row, name): return json.loads(next(Path(row['path']).glob(f'0?-{name}.json')).read_text())
+
+
+def test_wafer_goes_round_the_whole_loop(killed_then_finished):
+    row = killed_then_finished
+    assert row['reached'] == 'learn' and row['data'] == 'real' and Path(row['bundle']).is_dir()
+    rows = card(row, 'verify')['result']['rows']
+    assert [r['artifact'] for r in rows] == ['reference', 'onnxruntime-fp32', 'onnxruntime-int8']
+    named = 'artifact runtime precision device metric value low high delta delta_low delta_high p50_ms p95_ms p99_ms size_mb rss_mb verdict reason'.split()
+    assert all(set(named) <= set(r) for r in rows) and card(row, 'verify')['result']['chosen'] in [r['artifact'] for r in rows[1:]]
+    assert rows[1]['delta'] == 0 and rows[1]['flipped'] == []                    # FP32 through ONNX Runtime decides as torch does
+    assert set(card(row, 'tune')) == set('edgenb room key data started seconds asked read wrote result environment'.split())
+
+
+def test_a_killed_run_goes_on_without_training_again(killed_then_finished):
+    notebook = (Path(killed_then_finished['path'])/'wafer.ipynb').read_text()
+    assert '01-data: taken over from a run that did the same' in notebook and '02-tune: taken over' in notebook
+
+
+def test_the_executed_notebook_shows_its_plots_without_javascript(killed_then_finished):
+    cells = json.loads((Path(killed_then_finished['path'])/'wafer.ipynb').read_text())['cells']
+    data = [o['data'] for c in cells for o in c.get('outputs', []) if 'data' in o]
+    plots = [d for d in data if 'application/vnd.plotly.v1+json' in d]
+    assert len(plots) >= 4 and all('image/png' in d for d in plots)
+    assert not any(o['output_type'] == 'error' for c in cells for o in c.get('outputs', []))
+
+
+def test_a_repeated_run_skips_every_room_and_a_changed_choice_only_what_depends_on_it(workspace, killed_then_finished):
+    again = finish(start(workspace))
+    assert again['path'] != killed_then_finished['path'] and again['digest'] == killed_then_finished['digest']
+    assert ': done in' not in (Path(again['path'])/'wafer.ipynb').read_text()
+    other = finish(start(workspace, '-p', 'device', 'intel-nuc-arc', '-p', 'second_turn', 'false'))
+    text = (Path(other['path'])/'wafer.ipynb').read_text()
+    assert '04-compile: taken over' in text and '05-verify: done in' in text and other['verdict'] == 'not run here'
+    manifest = json.loads((Path(other['bundle'])/'manifest.json').read_text())
+    assert any('not on intel-nuc-arc' in w for w in manifest['warnings'])          # nobody measured there, and the bundle says so
+
+
+def test_compare_shows_all_runs_in_one_table(workspace, killed_then_finished):
+    done = subprocess.run([edgenb, 'compare'], cwd=workspace, capture_output=True, text=True)
+    assert done.returncode == 0 and Path(killed_then_finished['path']).name in done.stdout and 'label accuracy' in done.stdout
+    rows = json.loads(subprocess.run([edgenb, 'compare', '--json'], cwd=workspace, capture_output=True, text=True).stdout)
+    assert any(r.get('digest') == killed_then_finished['digest'] for r in rows)
+
+
+def test_an_interrupt_ends_with_one_line_and_exit_code_130(workspace):
+    before = set(workspace.glob('runs/wafer/*'))
+    process = start(workspace, '-p', 'seed', '5')
+    while not any((p/'.lock').exists() for p in set(workspace.glob('runs/wafer/*')) - before): assert process.poll() is None; time.sleep(0.1)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and 'interrupted' in err.splitlines()[-1] and 'Traceback' not in err.splitlines()[-1]
