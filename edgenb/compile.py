@@ -38,7 +38,7 @@ class Runtime:
 
 def runtime(name: str) -> type:
     "A runtime by name."
-    if name not in RUNTIMES: raise EdgenbError(f'there is no runtime {name}.{did_you_mean(name, RUNTIMES)}')
+    if not isinstance(name, str) or name not in RUNTIMES: raise EdgenbError(f'there is no runtime {name}.{did_you_mean(str(name), RUNTIMES)}')
     return RUNTIMES[name]
 
 # %% ../nbs/04_compile.ipynb #8b9aeca1
@@ -133,6 +133,7 @@ def compile(run,
     "Build every candidate for every runtime that can hold it. Leaves one file an artifact, and artifacts.json."
     from edgenb.data import examples_of
     from edgenb.squeeze import squeezed
+    if not runtimes: raise EdgenbError(f"compile: runtimes is empty, pass at least one runtime of {', '.join(RUNTIMES)}")
     net, pipeline = squeezed(run)
     candidates = json.loads(run.file('squeeze', 'candidates.json').read_text(encoding='utf-8'))
     held = {e.id: e for e in examples_of(run, 'validation')}

@@ -7,12 +7,12 @@ __all__ = ['IMAGES', 'Example', 'load_examples', 'save_examples', 'read_folder',
            'read_source', 'check_examples', 'split', 'freeze', 'add_training', 'data', 'examples_of']
 
 # %% ../nbs/01_data.ipynb #afc5f8c6
-import csv, hashlib, io, json
+import hashlib, json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
-from .core import EdgenbError, did_you_mean, digest, digest_of, progress, room, write_atomic
+from .core import EdgenbError, did_you_mean, digest, progress, room, within, write_atomic
 from .pipeline import decode
 from .weights import fetch
 
@@ -42,11 +42,23 @@ def load_examples(path: str | Path   # an examples.jsonl
                  ) -> list:          # of Example, paths made absolute
     "Read `examples.jsonl`; relative paths are taken from its folder."
     path, found = Path(path), []
-    for n, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
-        try: e = Example(**json.loads(line))
-        except (ValueError, TypeError) as error: raise EdgenbError(f'{path}, line {n} is not an example: {error}') from None
-        found.append(replace(e, path=str(path.parent/e.path), boxes=tuple(map(tuple, e.boxes))))
+    for n, line in enumerate(_read_text(path).splitlines(), 1):
+        try:
+            e = Example(**json.loads(line))
+            if not all(isinstance(v, str) and v for v in (e.id, e.path, e.label)): raise ValueError('id, path and label must be text')
+            if e.probability is not None: _probability(e.probability)
+            found.append(replace(e, path=str(path.parent/e.path), boxes=tuple(map(tuple, e.boxes))))
+        except (ValueError, TypeError, RecursionError) as error: raise EdgenbError(f'{path}, line {n} is not an example ({error}): correct or remove it') from None
     return found
+
+def _read_text(path: Path) -> str:
+    try: return Path(path).read_text(encoding='utf-8')
+    except UnicodeDecodeError: raise EdgenbError(f'{path} is not a text file (UTF-8): replace it') from None
+
+def _probability(value) -> float:
+    "A number from 0 to 1."
+    if isinstance(value, bool) or not 0 <= float(value) <= 1: raise ValueError(f'{value} is not a probability')
+    return float(value)
 
 def save_examples(examples: list, path: str | Path) -> Path:
     "Write `examples.jsonl`, one example a line."
@@ -65,6 +77,7 @@ def read_folder(root: Path) -> list:
 
 def _image_label(boxes, negative, labels, name):
     "Image-level class from boxes: 'any' box makes it 'defective'; 'category' takes the boxes' one class."
+    if labels not in ('any', 'category'): raise EdgenbError(f"labels = {labels!r} is not one of 'any', 'category'.{did_you_mean(labels, ['any', 'category'])}")
     classes = sorted({b[4] for b in boxes})
     if not classes: return negative
     if labels == 'any': return 'defective'
@@ -76,51 +89,58 @@ def read_coco(path: Path,               # the JSON file; images beside it, or in
               labels: str = 'any'       # 'any': every image with a box is 'defective'; 'category': the class of its boxes
              ) -> list:
     "COCO JSON: `images`, `annotations` with `bbox` [x, y, width, height], `categories`."
-    try: coco = json.loads(Path(path).read_text(encoding='utf-8')); images, notes, names = coco['images'], coco['annotations'], {c['id']: c['name'] for c in coco['categories']}
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as e: raise EdgenbError(f'{path} is not COCO JSON ({type(e).__name__}: {e})') from None
-    boxes, found, root = {i['id']: [] for i in images}, [], Path(path).parent
-    for a in notes:
-        if a.get('image_id') not in boxes: raise EdgenbError(f"{path}: annotation {a.get('id')} names image {a.get('image_id')}, which is not listed: remove it or add the image")
-        if a.get('category_id') not in names: raise EdgenbError(f"{path}: annotation {a.get('id')} has category {a.get('category_id')}, which is not listed")
-        boxes[a['image_id']].append((*a.get('bbox', (0, 0, 0, 0)), names[a['category_id']]))
-    for i in images:
-        p = next((q for q in (root/i['file_name'], root/'images'/i['file_name']) if q.is_file()), root/i['file_name'])
-        b = tuple(boxes[i['id']])
-        if any(w < 0 or h < 0 or x < -1 or y < -1 or x + w > i.get('width', 1e9) + 1 or y + h > i.get('height', 1e9) + 1 for x, y, w, h, _ in b):
-            raise EdgenbError(f"{path}: a box of {i['file_name']} lies outside the image: correct it")
-        found.append(Example(str(Path(i['file_name']).with_suffix('')), str(p), _image_label(b, negative, labels, i['file_name']), boxes=b))
+    def wrong(what): return EdgenbError(f'{path}: {what}: correct the file')
+    try:
+        coco = json.loads(_read_text(path))
+        images, notes, names = coco['images'], coco['annotations'], {c['id']: str(c['name']) for c in coco['categories']}
+        files = [(i['id'], str(i['file_name']), i.get('width', 1e9), i.get('height', 1e9)) for i in images]
+        notes = [(a.get('id'), a.get('image_id'), a.get('category_id'), a.get('bbox', [0, 0, 0, 0])) for a in notes]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e: raise EdgenbError(f'{path} is not COCO JSON ({type(e).__name__}: {e}): it needs images, annotations and categories') from None
+    if twice := [i for i, n in Counter(i for i, *_ in files).items() if n > 1]: raise wrong(f'image id {twice[0]} is used twice')
+    boxes, found, root = {i: [] for i, *_ in files}, [], Path(path).parent
+    for number, image, category, box in notes:
+        if image not in boxes: raise wrong(f'annotation {number} names image {image}, which is not listed')
+        if category not in names: raise wrong(f'annotation {number} has category {category}, which is not listed')
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in box): raise wrong(f'the box of annotation {number} is {box}, not [x, y, width, height]')
+        boxes[image].append((*box, names[category]))
+    for number, name, width, height in files:
+        p = next((q for q in (root/name, root/'images'/name) if q.is_file()), root/name)
+        b = tuple(boxes[number])
+        if any(w < 0 or h < 0 or x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1 for x, y, w, h, _ in b): raise wrong(f'a box of {name} lies outside the image')
+        found.append(Example(str(Path(name).with_suffix('')), str(p), _image_label(b, negative, labels, name), boxes=b))
     return found
 
 # %% ../nbs/01_data.ipynb #4597a56e
 def read_yolo(root: Path, negative: str = 'clean', labels: str = 'any') -> list:
     "YOLO: `data.yaml` with `names`, `images/**/x.png`, `labels/**/x.txt` with rows `class x_center y_center width height`, relative to the image."
     import yaml
-    from PIL import Image
-    try: names = yaml.safe_load((root/'data.yaml').read_text(encoding='utf-8'))['names']
-    except (OSError, TypeError, KeyError, yaml.YAMLError): raise EdgenbError(f'{root}/data.yaml does not list the class names (names: [...])') from None
-    names = dict(enumerate(names)) if isinstance(names, list) else names
+    try: names = yaml.safe_load(_read_text(root/'data.yaml'))['names']; names = {int(k): str(v) for k, v in (names.items() if isinstance(names, dict) else enumerate(names))}
+    except (OSError, TypeError, KeyError, ValueError, AttributeError, yaml.YAMLError): raise EdgenbError(f'{root}/data.yaml does not list the class names: it needs a line like names: [scratch, particle]') from None
     images = {p.relative_to(root/'images').with_suffix(''): p for p in _images(root/'images')}
     notes = {p.relative_to(root/'labels').with_suffix(''): p for p in sorted((root/'labels').rglob('*.txt'))}
     if lost := [str(n) for n in notes if n not in images]: raise EdgenbError(f"{root}: label file labels/{lost[0]}.txt has no image ({len(lost)} such): add the image or remove the label")
     found = []
     for key, p in images.items():
-        boxes = []
-        try: width, height = Image.open(p).size
-        except OSError: raise EdgenbError(f'{p} is not an image that can be read: remove or replace it') from None
-        for n, line in enumerate((notes[key].read_text().split('\n') if key in notes else []), 1):
+        boxes, (height, width) = [], decode(p).shape
+        for n, line in enumerate((_read_text(notes[key]).split('\n') if key in notes else []), 1):
             if not line.strip(): continue
             try:
                 c, x, y, w, h = (float(v) for v in line.split()[:5]); name = names[int(c)]
-                if not all(0 <= v <= 1 for v in (x, y, w, h)): raise ValueError
-            except (ValueError, KeyError): raise EdgenbError(f'{notes[key]}, line {n}: {line.strip()!r} is not "class x y width height" with a known class and values from 0 to 1') from None
+                if c != int(c) or not all(0 <= v <= 1 for v in (x, y, w, h)): raise ValueError
+            except (ValueError, KeyError, OverflowError): raise EdgenbError(f'{notes[key]}, line {n}: {line.strip()!r} is not "class x y width height" with a known class and values from 0 to 1') from None
             boxes.append(((x - w/2)*width, (y - h/2)*height, w*width, h*height, name))
         found.append(Example(key.as_posix(), str(p), _image_label(boxes, negative, labels, p.name), boxes=tuple(boxes)))
     return found
 
 def read_elpv(root: Path) -> list:
     "The ELPV package: `labels.csv` with path, defect probability, mono or poly. Above 0.5 counts as defective (Deitsch et al. 2019)."
-    rows = [line.split() for line in (root/'labels.csv').read_text(encoding='utf-8').splitlines() if line.strip()]
-    return [Example(Path(p).stem, str(root/p), 'defective' if float(q) > 0.5 else 'functional', kind, float(q)) for p, q, kind in rows]
+    found = []
+    for n, line in enumerate(_read_text(root/'labels.csv').splitlines(), 1):
+        if not line.strip(): continue
+        try: p, q, kind = line.split(); q = _probability(q)
+        except ValueError: raise EdgenbError(f'{root}/labels.csv, line {n}: {line.strip()!r} is not "path probability group": correct or remove it') from None
+        found.append(Example(Path(p).stem, str(root/p), 'defective' if q > 0.5 else 'functional', kind, q))
+    return found
 
 # %% ../nbs/01_data.ipynb #e67dd327
 def read_source(source: str,             # a folder, a COCO .json, or a 'bundled:' name
@@ -184,9 +204,9 @@ def freeze(examples: list) -> tuple:   # (list of Example with sha256, thumbnail
     for e in progress(examples, desc='checking images', unit='image'):
         content = e.read()
         try: thumbs.append(thumbnail(decode(content)))
-        except EdgenbError as error: bad.append(f'{e.path}: {str(error).removeprefix("image ")}')
+        except EdgenbError as error: bad.append(f'{e.path} {str(error).removeprefix("image ")}')
         else: frozen.append(replace(e, sha256=hashlib.sha256(content).hexdigest()))
-    if bad: raise EdgenbError(f'{len(bad)} image(s) cannot be read; the first: {bad[0]}' + (f"; also {', '.join(b.split(':')[0] for b in bad[1:6])}" if bad[1:] else ''))
+    if bad: raise EdgenbError(f'{len(bad)} image(s) cannot be read; the first: {bad[0]}' + (f"; also {', '.join(b.split(' ')[0] for b in bad[1:6])}" if bad[1:] else ''))
     return frozen, np.stack(thumbs)
 
 def add_training(examples: list, thumbs: np.ndarray, base: int, more: str, negative: str, labels: str) -> tuple:
@@ -222,6 +242,11 @@ def data(run,
          seed: int = 0):
     "Read, freeze, split and certify labelled images. Leaves examples.jsonl, certificate.json and problems.jsonl."
     from edgenb.certificate import certify, near_duplicates
+    _image_label([], negative, labels, '')   # refuses an unknown `labels`
+    within('data', 0, 1, test=test, validation=validation, field=field)
+    if test + validation + field > 0.9: raise EdgenbError(f'data: test, validation and field take {test + validation + field:.0%}, too little is left to train on: they may take 90 %')
+    within('data', 0, 1, label_accuracy=label_accuracy); within('data', 0.5, 0.999, confidence=confidence); within('data', 1, None, min_per_class=min_per_class)
+    if limit: within('data', 20, None, limit=limit)
     examples, form = read_source(source, negative, labels)
     check_examples(examples, source)
     classes = sorted({e.label for e in examples}, key=lambda c: (c != negative, c))

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from .core import EdgenbError, did_you_mean, room
+from .core import EdgenbError, did_you_mean, room, within
 from .data import Example, examples_of, save_examples
 from .pipeline import decode
 from .watch import SHIFTS
@@ -45,6 +45,7 @@ def learn(run,
     from PIL import Image
     from edgenb.certificate import near_duplicates, thumbnail
     from edgenb.ship import bundle_of, load_bundle
+    within('learn', 1, None, budget=budget)
     field = examples_of(run, 'field')
     if not field: raise EdgenbError('learn: no images were held back for the field: enter data with field=0.1')
     bundle = load_bundle(bundle_of(run))

@@ -142,10 +142,13 @@ class Pipeline:
     @classmethod
     def load(cls, path) -> 'Pipeline':
         "Read a `pipeline.json`; refuses a newer format or unknown steps."
-        try: values = json.loads(Path(path).read_text(encoding='utf-8')); version = values['edgenb_pipeline']
-        except (ValueError, KeyError, TypeError): raise EdgenbError(f'{path} is not a pipeline') from None
+        try:
+            values = json.loads(Path(path).read_text(encoding='utf-8'))
+            version, classes = int(values['edgenb_pipeline']), tuple(map(str, values['classes']))
+            steps = tuple({'step': str(s['step']), 'version': int(s['version']), **s} for s in values['steps'])
+        except (ValueError, KeyError, TypeError, RecursionError): raise EdgenbError(f'{path} is not a pipeline: copy it again') from None
         if version > FORMAT: raise EdgenbError(f'{path} has format {version}, this edgenb knows up to {FORMAT}: install a newer edgenb')
-        return cls(steps=tuple(values['steps']), classes=tuple(values['classes']))
+        return cls(steps, classes)
 
 # %% ../nbs/11_pipeline.ipynb #dd68c208
 def image_pipeline(classes: list,                # class names, in the order of the model's outputs

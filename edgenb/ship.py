@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import edgenb
 from .compile import runtime
-from .core import EdgenbError, digest, digest_of, room, write_json
+from .core import EdgenbError, digest, digest_of, json_text, room, write_json
 from .pipeline import Pipeline
 from .watch import Sketch
 
@@ -46,10 +46,15 @@ def check_bundle(path: str | Path) -> dict:   # the manifest
     "Read a bundle's manifest and check every file against it."
     path = Path(path)
     if not (path/'manifest.json').is_file(): raise EdgenbError(f'{path} is not a bundle: it has no manifest.json')
-    try: manifest = json.loads((path/'manifest.json').read_text(encoding='utf-8')); version, files = manifest['edgenb_bundle'], manifest['files']
-    except (ValueError, KeyError, TypeError): raise EdgenbError(f'{path}/manifest.json is damaged: copy the bundle again') from None
+    def damaged(why): return EdgenbError(f'{path}/manifest.json {why}: copy the bundle again')
+    try:
+        text = (path/'manifest.json').read_text(encoding='utf-8')
+        manifest = json.loads(text)
+        version, files = int(manifest['edgenb_bundle']), {str(k): str(v) for k, v in manifest['files'].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError): raise damaged('is damaged') from None
     if version > FORMAT: raise EdgenbError(f'{path} is a bundle of format {version}, this edgenb ({edgenb.__version__}) knows up to {FORMAT}: install edgenb {manifest.get("edgenb", "")} or newer')
-    if digest_of({k: v for k, v in manifest.items() if k != 'digest'}) != manifest.get('digest'): raise EdgenbError(f'{path}/manifest.json was changed after the bundle was made: copy the bundle again')
+    if text != json_text(manifest) or digest_of({k: v for k, v in manifest.items() if k != 'digest'}) != manifest.get('digest'): raise damaged('was changed after the bundle was made')
+    if not isinstance(manifest.get('runtime'), str) or not {manifest.get('model'), 'pipeline.json', 'reference.sketch'} <= set(files): raise damaged('does not say what to run')
     present = {p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file()} - {'manifest.json'}
     if odd := sorted(present ^ set(files)): raise EdgenbError(f"{path}: {odd[0]} is {'missing' if odd[0] in files else 'not part of the bundle'}: copy the bundle again")
     for name, sha in files.items():

@@ -8,7 +8,7 @@ __all__ = ['PRECISIONS', 'fold', 'squeeze', 'squeezed']
 # %% ../nbs/03_squeeze.ipynb #91ad804a
 import copy
 import numpy as np
-from .core import EdgenbError, did_you_mean, room, write_json
+from .core import EdgenbError, did_you_mean, room, within, write_json
 from .data import examples_of
 from .tune import tuned
 
@@ -38,6 +38,7 @@ def squeeze(run,
     for p in precisions:
         if p not in PRECISIONS: raise EdgenbError(f'squeeze: there is no precision {p}.{did_you_mean(p, PRECISIONS)}')
     if not precisions: raise EdgenbError('squeeze: pass at least one precision')
+    within('squeeze', 8, None, calibration_images=calibration_images)
     reference, pipeline = tuned(run)
     folded, held = fold(reference), examples_of(run, 'validation')
     rows = np.random.default_rng(seed).permutation(len(held))[:calibration_images]

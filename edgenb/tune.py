@@ -11,7 +11,7 @@ import json, math, os, random
 from pathlib import Path
 import numpy as np
 from .certificate import require
-from .core import EdgenbError, did_you_mean, progress, room, write_json
+from .core import EdgenbError, did_you_mean, progress, room, within, write_json
 from .data import examples_of
 from .pipeline import Pipeline
 
@@ -210,7 +210,7 @@ def decision_costs(miss: float,           # cost of accepting a defective item
                    review: float = 0.0    # cost of asking a person; 0: nobody to ask
                   ) -> dict:              # threshold, review band
     "Threshold and review band that minimise the expected cost, given calibrated probabilities."
-    if min(miss, false_alarm) <= 0: raise EdgenbError(f'costs must be above 0, got miss {miss} and false alarm {false_alarm}')
+    if not (miss > 0 and false_alarm > 0 and review >= 0): raise EdgenbError(f'cost_miss = {miss} and cost_false_alarm = {false_alarm} must be above 0, cost_review = {review} must not be negative')
     band = [review/miss, 1 - review/false_alarm] if review > 0 else None
     return {'threshold': false_alarm/(false_alarm + miss), 'review': band if band and band[0] < band[1] else None}
 
@@ -251,7 +251,11 @@ def tune(run,
     from edgenb.vision import load_network, network_pipeline, torch
     from safetensors.torch import load_file, save_file
     if early_epochs and not (early_epochs < num_train_epochs and early_size >= 32): raise EdgenbError(f'tune: early_epochs {early_epochs} must be below num_train_epochs {num_train_epochs}, and early_size {early_size} at least 32')
-    if min(num_train_epochs, batch_size, patience) < 1: raise EdgenbError('tune: num_train_epochs, batch_size and patience must be at least 1')
+    within('tune', 1, None, num_train_epochs=num_train_epochs, batch_size=batch_size, patience=patience, num_threads=num_threads, lora_r=lora_r, lora_alpha=lora_alpha)
+    within('tune', 0, 1, learning_rate=learning_rate, head_learning_rate=head_learning_rate, weight_decay=weight_decay)
+    if size: within('tune', 32, 4096, size=size)
+    costs = decision_costs(cost_miss, cost_false_alarm, cost_review)
+    if start_from and not Path(start_from).is_file(): raise EdgenbError(f'tune: start_from = {start_from} does not exist: pass the model.safetensors of an earlier turn')
     _known([method], METHODS, 'method'); _known(augmentations, AUGMENTATIONS, 'augmentation')
     facts = run.card('data').result
     overridden = require(facts['certificate'], accept_gates)
@@ -274,7 +278,7 @@ def tune(run,
     if method == 'lora': net = net.merge_and_unload()
     logits = validation.logits(net).numpy()
     calibration = calibrate(logits.astype(np.float64), np.array([classes.index(e.label) for e in held]))
-    pipeline = pipeline.with_step('softmax', **calibration).with_step('decide', **decision_costs(cost_miss, cost_false_alarm, cost_review))
+    pipeline = pipeline.with_step('softmax', **calibration).with_step('decide', **costs)
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, run.new('model.safetensors'))
     config = net.model.config.to_dict() if hasattr(net, 'model') else None
     write_json(run.new('network.json'), {'model_name_or_path': model_name_or_path, 'classes': len(classes), 'config': config})

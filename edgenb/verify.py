@@ -12,7 +12,7 @@ import json, math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
-from .core import EdgenbError, did_you_mean, digest_of, progress, room, write_json
+from .core import EdgenbError, did_you_mean, digest_of, progress, room, within, write_json
 from .data import examples_of
 from .device import device as find_device, fit
 
@@ -29,11 +29,11 @@ def auc(y, answer):
 
 def detection_rate(y, answer):
     bad = y != answer['negative']
-    return float(np.mean(answer['label'][bad] != answer['negative']))
+    return float(np.mean(answer['label'][bad] != answer['negative'])) if bad.any() else float('nan')
 
 def false_positive_rate(y, answer):
     good = y == answer['negative']
-    return float(np.mean(answer['label'][good] != answer['negative']))
+    return float(np.mean(answer['label'][good] != answer['negative'])) if good.any() else float('nan')
 
 METRICS = {'accuracy': (accuracy, 1), 'auc': (auc, 1), 'detection rate': (detection_rate, 1), 'false-positive rate': (false_positive_rate, -1)}   # 1: higher is better
 
@@ -98,9 +98,11 @@ def parity(reference,                    # callable from images to {'label', 'sc
            confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Parity:
     "Non-inferiority of `candidate`: the paired confidence bound of the loss against `tolerance`."
     images, y = data[0], np.asarray(data[1])
+    if len(y) == 0: raise EdgenbError('parity: there are no test images')
     a, b = _answer(reference, images), _answer(candidate, images)
     if not len(y) == len(a['label']) == len(b['label']): raise EdgenbError(f"parity: {len(y)} labels for {len(a['label'])} and {len(b['label'])} answers")
     function, sign = find_metric(metric)
+    if not np.isfinite(function(y, a)): raise EdgenbError(f'parity: {metric} cannot be computed on these {len(y)} images, which are all of one kind: it needs defective and good ones')
     flipped = np.nonzero(a['label'] != b['label'])[0]
     delta, tail = function(y, b) - function(y, a), (1 - confidence)/2
     if not np.isfinite(b['score']).all(): return Parity(metric, float('nan'), float('nan'), float('nan'), float('nan'), float('nan'), float('nan'), len(y), flipped.tolist(), 0, 'fail', 'scores are not finite')
@@ -114,7 +116,7 @@ def parity(reference,                    # callable from images to {'label', 'sc
     worst, best = (low, high) if sign > 0 else (-high, -low)
     verdict = 'pass' if worst >= -tolerance else 'fail' if best < -tolerance else 'undecided'
     room = tolerance + sign*delta
-    needed = 0 if verdict != 'undecided' or room <= 0 else max(math.ceil((1.96*spread/room)**2), math.ceil(math.log(tail)/math.log(1 - room)))
+    needed = 0 if verdict != 'undecided' or room < 1e-6 else max(math.ceil((1.96*spread/room)**2), math.ceil(math.log(tail)/math.log1p(-min(room, 0.999))))
     reason = {'pass': f'loses at most {max(0, -worst):.3f} {metric}, tolerance {tolerance}', 'fail': f'loses at least {-best:.3f} {metric}, tolerance {tolerance}',
               'undecided': f'may lose up to {-worst:.3f} {metric}, tolerance {tolerance}: ' + (f'about {needed} test images would decide' if needed else 'the loss seen exceeds the tolerance, more images would most likely fail it')}[verdict]
     return Parity(metric, *interval(y, b, metric, confidence, seed), delta, low, high, len(y), flipped.tolist(), needed, verdict, reason)
@@ -176,6 +178,7 @@ def verify(run,
     from edgenb.measure import measure
     from edgenb.tune import tuned
     find_metric(metric)
+    within('verify', 0.5, 0.999, confidence=confidence); within('verify', 0, 1, tolerance=tolerance); within('verify', 1, None, timing_runs=timing_runs, num_threads=num_threads)
     about, tests = find_device(device), examples_of(run, 'test')
     _, pipeline = tuned(run)
     y, negative = np.array([pipeline.classes.index(e.label) for e in tests]), pipeline.step('decide')['negative']

@@ -9,7 +9,7 @@ __all__ = ['FORMAT', 'SHIFTS', 'Drift', 'median_bandwidth', 'mmd_test', 'Sketch'
 import io
 from dataclasses import dataclass, field
 import numpy as np
-from .core import EdgenbError, room
+from .core import EdgenbError, did_you_mean, room, within
 
 # %% ../nbs/07_watch.ipynb #b76ee83f
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ def _square_distances(x, y):
 def median_bandwidth(x: np.ndarray,   # (n, d)
                      limit: int = 1000) -> float:
     "Median distance between points (the usual heuristic), from the first `limit` rows."
+    if not np.isfinite(x).all(): raise EdgenbError('embeddings hold NaN or infinite values')
     d = _square_distances(x[:limit], x[:limit])[np.triu_indices(min(len(x), limit), 1)]
-    return float(np.sqrt(np.median(d))) or 1.0
+    return float(np.median(np.sqrt(d))) or 1.0
 
 def mmd_test(x: np.ndarray,                    # reference, (n, d)
              y: np.ndarray,                    # what is asked about, (m, d)
@@ -39,6 +40,7 @@ def mmd_test(x: np.ndarray,                    # reference, (n, d)
     n, m = len(x), len(y)
     if min(n, m) < 2: raise EdgenbError(f'mmd_test needs at least 2 rows on each side, got {n} and {m}')
     if not (np.isfinite(x).all() and np.isfinite(y).all()): raise EdgenbError('mmd_test: embeddings hold NaN or infinite values')
+    if bandwidth is not None and not 0 < bandwidth < np.inf: raise EdgenbError(f'mmd_test: bandwidth = {bandwidth} must be above 0')
     z = np.concatenate([x, y])
     bandwidth = bandwidth or median_bandwidth(z[np.random.default_rng(seed).permutation(n + m)])
     k = np.exp(_square_distances(z, z)/(-2*bandwidth**2))
@@ -115,11 +117,14 @@ class Sketch:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> 'Sketch':
-        try: z = dict(np.load(io.BytesIO(data), allow_pickle=False))
-        except Exception as e: raise EdgenbError(f'not a sketch ({type(e).__name__})') from None
-        if 'format' not in z: raise EdgenbError('not a sketch')
-        if int(z['format']) > FORMAT: raise EdgenbError(f"this sketch has format {int(z['format'])}, this edgenb knows up to {FORMAT}: install a newer edgenb")
-        return cls(int(z['dimensions']), float(z['bandwidth']), int(z['features']), int(z['seed']), int(z['count']), z['total'])
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as z: z = {k: z[k] for k in z.files}
+            version, dimensions, features, seed, count = (int(z[k]) for k in ('format', 'dimensions', 'features', 'seed', 'count'))
+            bandwidth, total = float(z['bandwidth']), np.asarray(z['total'], np.float64)
+            if version <= FORMAT and not (dimensions > 0 and 0 < bandwidth < np.inf and count >= 0 and 0 <= seed < 2**32 and total.shape == (features,) and np.isfinite(total).all()): raise ValueError('its parts do not fit')
+        except Exception as e: raise EdgenbError(f'not a sketch, or a damaged one ({type(e).__name__}): copy it again') from None
+        if version > FORMAT: raise EdgenbError(f'this sketch has format {version}, this edgenb knows up to {FORMAT}: install a newer edgenb')
+        return cls(dimensions, bandwidth, features, seed, count, total)
 
 # %% ../nbs/07_watch.ipynb #4371df1a
 def darkened(pixels: np.ndarray) -> np.ndarray:
@@ -141,10 +146,10 @@ def watch(run,
           alarm: float = 0.01,                     # p-value at or below which the watch is loud
           seed: int = 0):
     "Rehearse drift with the shipped bundle: the reference (validation images) against held-out, shifted and one-sided test images."
-    from edgenb.core import did_you_mean
     from edgenb.data import examples_of
     from edgenb.pipeline import decode
     from edgenb.ship import load_bundle
+    within('watch', 2, None, window=window); within('watch', 0, 1, alarm=alarm)
     for s in shifts:
         if s not in SHIFTS: raise EdgenbError(f'watch: there is no shift {s}.{did_you_mean(s, SHIFTS)}')
     bundle = load_bundle(run.file('ship', 'bundle/manifest.json').parent)

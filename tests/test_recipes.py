@@ -53,7 +53,7 @@ def test_wafer_goes_round_the_whole_loop(killed_then_finished):
     named = 'artifact runtime precision device metric value low high delta delta_low delta_high p50_ms p95_ms p99_ms size_mb rss_mb verdict reason'.split()
     assert all(set(named) <= set(r) for r in rows) and card(row, 'verify')['result']['chosen'] in [r['artifact'] for r in rows[1:]]
     assert rows[1]['delta'] == 0 and rows[1]['flipped'] == []                    # FP32 through ONNX Runtime decides as torch does
-    assert set(card(row, 'tune')) == set('edgenb room key data started seconds asked read wrote result environment'.split())
+    assert set(card(row, 'tune')) == set('edgenb room key data started seconds asked read wrote result environment seal'.split())
 
 
 def test_a_killed_run_goes_on_without_training_again(killed_then_finished):
