@@ -1,6 +1,6 @@
 """The wafer recipe's model on ELPV over several seeds, beside the published figures: reference, FP32 ONNX and INT8 ONNX.
 
-`python benchmarks/elpv.py [--seeds 0 1 2] [--split together published]`. `published` is the random 75/25 split of the published results, in which near-duplicates
+`python benchmarks/elpv.py [--seeds 0 1 2] [--split published together] [--threads 2]`. `published` is the random 75/25 split of the published results, in which near-duplicates
 may lie across splits; `together` keeps them in one split. Every seed is a split and a training of its own. Rooms are kept in runs/elpv-benchmark, so it can be interrupted.
 """
 import argparse
@@ -16,23 +16,24 @@ GATES = ['label accuracy', 'leakage']
 METRICS = {'accuracy': 'accuracy', 'auc': 'AUC', 'detection rate': 'detection', 'false-positive rate': 'false positives'}
 
 
-def one(split, seed):
+def one(split, seed, threads):
     run = Run(settings().runs/'elpv-benchmark'/f'{split}-{seed}')
     data(run, source='bundled:elpv', negative='functional', keep_together=split == 'together', seed=seed)
     certificate = run.card('data').result['certificate']
-    tune(run, size=224, early_size=160, early_epochs=7, num_train_epochs=12, accept_gates=[g for g in GATES if not next(x for x in certificate['gates'] if x['gate'] == g)['passed']], seed=seed)
+    tune(run, size=224, early_size=160, early_epochs=7, num_train_epochs=12, accept_gates=[g for g in GATES if not next(x for x in certificate['gates'] if x['gate'] == g)['passed']],
+         num_threads=threads, seed=seed)
     squeeze(run, seed=seed); compile(run)
     return run, verify(run, latency_budget_ms=50, seed=seed)
 
 
 def main():
-    p = argparse.ArgumentParser(); p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2]); p.add_argument('--split', nargs='+', default=['published', 'together'])
+    p = argparse.ArgumentParser(); p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2]); p.add_argument('--split', nargs='+', default=['published', 'together']); p.add_argument('--threads', type=int, default=2)
     args = p.parse_args()
     for split in args.split:
         found = {}
         print(f'\n### Split: {split} (real images)\n\n| seed | artifact | accuracy | AUC | detection rate | false-positive rate | difference | mono | poly | verdict |\n|---|---|---|---|---|---|---|---|---|---|')
         for seed in args.seeds:
-            run, card = one(split, seed)
+            run, card = one(split, seed, args.threads)
             for r in card.result['rows']:
                 rates = [f"{r['also'][m]['value']:.3f} [{r['also'][m]['low']:.3f}, {r['also'][m]['high']:.3f}]" for m in METRICS]
                 groups = [f"{card.result['by_group'][r['artifact']][g]['value']:.3f}" for g in ('mono', 'poly')]

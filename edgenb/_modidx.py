@@ -37,6 +37,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'edgenb.core.Card.output': ('core.html#card.output', 'edgenb/core.py'),
                              'edgenb.core.Card.save': ('core.html#card.save', 'edgenb/core.py'),
                              'edgenb.core.EdgenbError': ('core.html#edgenberror', 'edgenb/core.py'),
+                             'edgenb.core.EdgenbError._render_traceback_': ('core.html#edgenberror._render_traceback_', 'edgenb/core.py'),
                              'edgenb.core.Run': ('core.html#run', 'edgenb/core.py'),
                              'edgenb.core.Run.__init__': ('core.html#run.__init__', 'edgenb/core.py'),
                              'edgenb.core.Run.__repr__': ('core.html#run.__repr__', 'edgenb/core.py'),

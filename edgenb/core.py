@@ -17,7 +17,8 @@ import edgenb
 
 # %% ../nbs/00_core.ipynb #308e02eb
 class EdgenbError(Exception):
-    "Root of edgenb's errors. The message says what was wrong, where, and what to do."
+    "Root of edgenb's errors. The message says what was wrong, where, and what to do; a notebook shows it without a traceback."
+    def _render_traceback_(self): return [f'{type(self).__name__}: {self}']
 
 def did_you_mean(word: str,  # what was given
                  known       # the names that exist

@@ -7,7 +7,7 @@ __all__ = ['PLOTLY', 'still', 'show', 'confusion_figure', 'reliability_figure', 
            'history_figure', 'contact_sheet', 'worst_errors']
 
 # %% ../nbs/10_panel.ipynb #86d521f7
-import io
+import io, textwrap
 import numpy as np
 from .core import EdgenbError
 
@@ -115,6 +115,7 @@ def contact_sheet(images: list,      # PIL images or uint8 arrays
                  ):                  # PIL image, RGB
     "Images side by side, each with its caption below."
     from PIL import Image, ImageDraw
+    captions = ['\n'.join(part for line in c.split('\n') for part in textwrap.wrap(line, size//6) or ['']) for c in captions]
     lines = max((c.count('\n') + 1 for c in captions), default=1)
     height, rows = size + 13*lines + 6, -(-len(images)//columns)
     sheet = Image.new('RGB', (columns*(size + 6), max(1, rows)*height), 'white')
@@ -124,7 +125,7 @@ def contact_sheet(images: list,      # PIL images or uint8 arrays
         tile.thumbnail((size, size))
         at = (n % columns*(size + 6), n//columns*height)
         sheet.paste(tile, at)
-        pen.multiline_text((at[0], at[1] + size + 1), '\n'.join(l[:size//6] for l in caption.split('\n')), fill='black', spacing=1, font_size=11)
+        pen.multiline_text((at[0], at[1] + size + 1), caption, fill='black', spacing=1, font_size=11)
     return sheet
 
 def worst_errors(examples: list,       # of Example, in the order of the answers
