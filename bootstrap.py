@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT/'.venv'
+MARK = VENV/'.made-by-edgenb'
 BIN = VENV/('Scripts' if os.name == 'nt' else 'bin')
 JOBS = {'env': ('lab,dev', None), 'wafer': ('lab', ['edgenb', 'run', 'wafer']), 'test': ('lab,dev', ['python', '-m', 'pytest'])}
 
@@ -28,14 +29,17 @@ def installed(extras):
 
 def environment(extras):
     "Create .venv/ and install edgenb with `extras` into it, unless that has been done."
+    done = [installed(e) for e in ('lab,dev', extras)]   # the larger set holds the smaller
+    if any(stamp.exists() and stamp.read_text() == key for stamp, key in done): return
     stamp, key = installed(extras)
-    if stamp.exists() and stamp.read_text() == key: return
     healthy = (BIN/'python').exists() and not subprocess.run([str(BIN/'python'), '-m', 'pip', '--version'], capture_output=True).returncode
+    if VENV.exists() and not healthy and not MARK.exists(): stop('.venv exists, has no pip and was not made by this script: move it away, then run the same command again')
     if not healthy:
         print('edgenb: creating .venv', flush=True)
         try: import ensurepip, venv  # noqa: F401
         except ImportError: stop('this Python has no venv module; on Debian and Ubuntu: apt-get install python3-venv')
-        call(sys.executable, '-m', 'venv', '--clear', VENV)
+        VENV.mkdir(exist_ok=True); MARK.touch()
+        call(sys.executable, '-m', 'venv', '--clear', VENV); MARK.touch()
     print(f'edgenb: installing edgenb[{extras}] into .venv (once; some minutes)', flush=True)
     call(BIN/'python', '-m', 'pip', 'install', '--disable-pip-version-check', '-c', ROOT/'constraints.txt', '-e', f'{ROOT}[{extras}]')
     if 'dev' in extras and (ROOT/'.git').exists() and (BIN/'nbdev-install-hooks').exists(): call(BIN/'nbdev-install-hooks', stdout=subprocess.DEVNULL)

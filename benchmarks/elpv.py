@@ -1,10 +1,14 @@
-"""The wafer recipe's model on ELPV over several seeds, beside the published figures: reference, FP32 ONNX and INT8 ONNX.
+"""The wafer recipe's network and training on ELPV over several seeds, beside the published figures: reference, FP32 ONNX and INT8 ONNX.
 
-`python benchmarks/elpv.py [--seeds 0 1 2] [--split published together] [--threads 2]`. `published` is the random 75/25 split of the published results, in which near-duplicates
+No image is held back for the field here, so 8 % more are trained on than in the recipe. The settings were chosen on random splits of the same images with
+other seeds; the test images of the splits below were not looked at for that, but the splits overlap.
+
+`python benchmarks/elpv.py [--seeds 10 11 12] [--split published together] [--threads 2]`. `published` is the random 75/25 split of the published results, in which near-duplicates
 may lie across splits; `together` keeps them in one split. Every seed is a split and a training of its own. Rooms are kept in runs/elpv-benchmark, so it can be interrupted.
 """
 import argparse
 import numpy as np
+from scipy.stats import t
 from edgenb.compile import compile
 from edgenb.core import Run, settings
 from edgenb.data import data
@@ -27,7 +31,7 @@ def one(split, seed, threads):
 
 
 def main():
-    p = argparse.ArgumentParser(); p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2]); p.add_argument('--split', nargs='+', default=['published', 'together']); p.add_argument('--threads', type=int, default=2)
+    p = argparse.ArgumentParser(); p.add_argument('--seeds', type=int, nargs='+', default=[10, 11, 12]); p.add_argument('--split', nargs='+', default=['published', 'together']); p.add_argument('--threads', type=int, default=2)
     args = p.parse_args()
     for split in args.split:
         found = {}
@@ -39,10 +43,11 @@ def main():
                 groups = [f"{card.result['by_group'][r['artifact']][g]['value']:.3f}" for g in ('mono', 'poly')]
                 found.setdefault(r['artifact'], []).append([r['also'][m]['value'] for m in METRICS])
                 print(f"| {seed} | {r['artifact']} | {' | '.join(rates)} | {r['delta']:+.4f} [{r['delta_low']:+.4f}, {r['delta_high']:+.4f}] | {' | '.join(groups)} | {r['verdict']} |", flush=True)
-        print('\n| mean over seeds | ' + ' | '.join(METRICS.values()) + ' |\n|---|' + '---|'*len(METRICS))
+        print('\n| mean over seeds, 95 % t-interval (splits overlap) | ' + ' | '.join(METRICS.values()) + ' |\n|---|' + '---|'*len(METRICS))
         for name, values in found.items():
-            mean, spread = np.mean(values, 0), np.std(values, 0, ddof=1)/np.sqrt(len(values)) if len(values) > 1 else np.full(len(METRICS), np.nan)
-            print(f'| {name} | ' + ' | '.join(f'{m:.4f} (standard error over seeds {s:.4f})' for m, s in zip(mean, spread)) + ' |')
+            mean, n = np.mean(values, 0), len(values)
+            half = t.ppf(0.975, n - 1)*np.std(values, 0, ddof=1)/np.sqrt(n) if n > 1 else np.full(len(METRICS), np.nan)
+            print(f'| {name} | ' + ' | '.join(f'{m:.4f} [{m - h:.4f}, {m + h:.4f}]' for m, h in zip(mean, half)) + ' |')
     print('\nPublished, random split (Deitsch et al. 2019): CNN 0.8842 accuracy, SVM 0.8244.')
 
 

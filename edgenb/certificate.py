@@ -29,6 +29,7 @@ class Duplicates:
 
 def near_duplicates(thumbs: np.ndarray,         # uint8, (n, 64, 64)
                     ratio: float = 0.1,         # of the difference between two images to that from their 50th nearest neighbours
+                    floor: float = 0.001,       # a smaller difference is a copy in any neighbourhood (bursts, video)
                     base: int | None = None     # neighbours are looked for among the first so many; default: all
                    ) -> Duplicates:
     "Pairs of images that show the same thing, exact copies included."
@@ -43,7 +44,7 @@ def near_duplicates(thumbs: np.ndarray,         # uint8, (n, 64, 64)
     pairs = []
     for b in blocks:
         difference = 1 - x[b] @ x.T
-        for i, j in zip(*np.nonzero(difference <= ratio*np.minimum(usual[b][:, None], usual[None]))):
+        for i, j in zip(*np.nonzero(difference <= np.maximum(ratio*np.minimum(usual[b][:, None], usual[None]), floor))):
             if b.start + i < j and x[b.start + i].any() and x[j].any(): pairs.append((int(b.start + i), int(j), round(1 - float(difference[i, j]), 4)))
     blank = {}
     for i in np.nonzero(~x.any(1))[0]:   # images without any structure: compare as they are
@@ -70,7 +71,7 @@ def out_of_fold(features: np.ndarray,  # float, (n, d)
 
 def label_noise(labels: np.ndarray,          # int, (n,)
                 probabilities: np.ndarray,   # float, (n, classes), out of fold
-                confidence: float = 0.95,    # of the lower bound, one-sided
+                confidence: float = 0.95,    # of the lower limit, one-sided
                 seed: int = 0
                ) -> dict:                    # accuracy, low, suspects (indices, most suspicious first)
     "Estimated share of correct labels with a lower confidence bound, and the labels most likely wrong."
@@ -119,7 +120,7 @@ def certify(examples: list,           # of Example, frozen and split
         noise = label_noise(y, out_of_fold(extract(examples, features), y, twins.clusters, seed), confidence, seed)
         for i in noise['suspects']: problem(i, 'label may be wrong: a model that did not see it disagrees')
     gates.append(_gate('label accuracy', noise and noise['low'] >= label_accuracy, noise and round(noise['low'], 4), label_accuracy,
-                       f"estimated {noise['accuracy']:.1%} of labels correct, at least {noise['low']:.1%} at {confidence:.0%} confidence; {label_accuracy:.0%} are needed"
+                       f"estimated {noise['accuracy']:.1%} of labels correct, {confidence:.0%} lower limit of the estimate {noise['low']:.1%}; {label_accuracy:.0%} are needed"
                        if noise else 'too few examples to estimate it'))
     unsure = sum(e.probability not in (None, 0.0, 1.0) for e in examples)
     return {'passed': all(g['passed'] for g in gates), 'gates': gates, 'examples': len(examples), 'counts': dict(counts),

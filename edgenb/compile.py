@@ -126,7 +126,7 @@ class OnnxRuntime(Runtime):
         return run
 
 # %% ../nbs/04_compile.ipynb #9342974f
-@room(4, needs=('data', 'tune', 'squeeze'), libraries=('torch', 'numpy', 'pillow', 'onnx', 'onnxscript', 'onnxruntime'))
+@room(4, needs=('data', 'tune', 'squeeze'), libraries=('torch', 'transformers', 'numpy', 'pillow', 'onnx', 'onnx-ir', 'onnxscript', 'onnxruntime'))
 def compile(run,
             runtimes: list = ['onnxruntime']   # of `RUNTIMES`
            ):

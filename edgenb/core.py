@@ -59,7 +59,8 @@ def progress(items=None, **kw):
     status = os.environ.get('EDGENB_STATUS')
     class Told(tqdm):
         def display(self, *args, **kw):
-            if status: Path(status).write_text(tqdm.format_meter(**{**self.format_dict, 'ncols': None}), encoding='utf-8')
+            if status:
+                with contextlib.suppress(OSError): Path(status).write_text(tqdm.format_meter(**{**self.format_dict, 'ncols': None}), encoding='utf-8')
             return super().display(*args, **kw)
     return Told(items, mininterval=1, **kw)
 
@@ -361,10 +362,18 @@ def _choices(function, run, given):
             raise EdgenbError(f'{function.__name__}: {n} = {value!r} is not of type {p.annotation.__name__} (default {p.default!r})')
     choices = {n: [str(x) if isinstance(x, Path) else x for x in v] if isinstance(v, (list, tuple)) else str(v) if isinstance(v, Path) else v
                for n, v in list(bound.arguments.items())[1:]}
+    if isinstance(choices.get('seed'), int) and choices['seed'] < 0: raise EdgenbError(f"{function.__name__}: seed = {choices['seed']} must be at least 0")
     try: json.dumps(choices, allow_nan=False)
     except (TypeError, ValueError) as e:
         raise EdgenbError(f'{function.__name__}: choices must be numbers, text, lists or dictionaries of these ({e})') from None
     return json.loads(json.dumps(choices))
+
+def _by_content(value, pool: Path):
+    "Choices as the key sees them: a path into a run of the same pool counts by what lies there, not by which run that is."
+    if isinstance(value, dict): return {k: _by_content(v, pool) for k, v in value.items()}
+    if isinstance(value, list): return [_by_content(v, pool) for v in value]
+    inside = isinstance(value, str) and value.startswith(f'{pool}{os.sep}') and Path(value).exists()
+    return f'content {digest(value)}' if inside else value
 
 def _versions(libraries):
     found = {}
@@ -485,7 +494,7 @@ def room(number: int,             # its place in the loop, 1 to 8
                 run.path.mkdir(parents=True, exist_ok=True); run.pool.mkdir(parents=True, exist_ok=True)
                 with _locked(run.path/'.lock', name):          # from here on nobody else changes what is read
                     read = {need: _current(run, need, name).output for need in needs} | (reads(**choices) if reads else {})
-                    key = digest_of([name, code_digest(function), choices, read, _versions(libraries), platform.machine(), sys.version_info[:2]])
+                    key = digest_of([name, code_digest(function), _by_content(choices, run.pool.parent), read, _versions(libraries), platform.machine(), sys.version_info[:2]])
                     with _locked(run.pool/f'{stem}.{key[:16]}.lock', name):
                         return _enter(run, function, choices, stem, key, read, libraries, run.card(needs[0]).data if needs else 'real')
         return enter

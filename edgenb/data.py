@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from .core import EdgenbError, did_you_mean, digest, progress, room, within, write_atomic
 from .pipeline import decode
-from .weights import fetch
+from .weights import fetch, weights_digest
 
 # %% ../nbs/01_data.ipynb #4649817e
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def read_folder(root: Path) -> list:
     if not found: raise EdgenbError(f'{root} holds no images in class folders (<class>/<image>.png): check the path')
     return found
 
-def _image_label(boxes, negative, labels, name):
-    "Image-level class from boxes: 'any' box makes it 'defective'; 'category' takes the boxes' one class."
+def _image_label(boxes, negative, labels, name, min_box_px=0):
+    "Image-level class from boxes at least `min_box_px` wide: 'any' box makes it 'defective'; 'category' takes the boxes' one class."
     if labels not in ('any', 'category'): raise EdgenbError(f"labels = {labels!r} is not one of 'any', 'category'.{did_you_mean(labels, ['any', 'category'])}")
-    classes = sorted({b[4] for b in boxes})
+    classes = sorted({b[4] for b in boxes if min(b[2], b[3]) >= min_box_px})
     if not classes: return negative
     if labels == 'any': return 'defective'
     if len(classes) > 1: raise EdgenbError(f"{name} holds boxes of several classes ({', '.join(classes)}): pass labels='any', or split it")
@@ -86,7 +86,8 @@ def _image_label(boxes, negative, labels, name):
 
 def read_coco(path: Path,               # the JSON file; images beside it, or in images/ beside it
               negative: str = 'clean',  # class of an image without boxes
-              labels: str = 'any'       # 'any': every image with a box is 'defective'; 'category': the class of its boxes
+              labels: str = 'any',      # 'any': every image with a box is 'defective'; 'category': the class of its boxes
+              min_box_px: float = 0     # boxes with a shorter side do not count
              ) -> list:
     "COCO JSON: `images`, `annotations` with `bbox` [x, y, width, height], `categories`."
     def wrong(what): return EdgenbError(f'{path}: {what}: correct the file')
@@ -107,11 +108,11 @@ def read_coco(path: Path,               # the JSON file; images beside it, or in
         p = next((q for q in (root/name, root/'images'/name) if q.is_file()), root/name)
         b = tuple(boxes[number])
         if any(w < 0 or h < 0 or x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1 for x, y, w, h, _ in b): raise wrong(f'a box of {name} lies outside the image')
-        found.append(Example(str(Path(name).with_suffix('')), str(p), _image_label(b, negative, labels, name), boxes=b))
+        found.append(Example(str(Path(name).with_suffix('')), str(p), _image_label(b, negative, labels, name, min_box_px), boxes=b))
     return found
 
 # %% ../nbs/01_data.ipynb #4597a56e
-def read_yolo(root: Path, negative: str = 'clean', labels: str = 'any') -> list:
+def read_yolo(root: Path, negative: str = 'clean', labels: str = 'any', min_box_px: float = 0) -> list:
     "YOLO: `data.yaml` with `names`, `images/**/x.png`, `labels/**/x.txt` with rows `class x_center y_center width height`, relative to the image."
     import yaml
     try: names = yaml.safe_load(_read_text(root/'data.yaml'))['names']; names = {int(k): str(v) for k, v in (names.items() if isinstance(names, dict) else enumerate(names))}
@@ -129,7 +130,7 @@ def read_yolo(root: Path, negative: str = 'clean', labels: str = 'any') -> list:
                 if c != int(c) or not all(0 <= v <= 1 for v in (x, y, w, h)): raise ValueError
             except (ValueError, KeyError, OverflowError): raise EdgenbError(f'{notes[key]}, line {n}: {line.strip()!r} is not "class x y width height" with a known class and values from 0 to 1') from None
             boxes.append(((x - w/2)*width, (y - h/2)*height, w*width, h*height, name))
-        found.append(Example(key.as_posix(), str(p), _image_label(boxes, negative, labels, p.name), boxes=tuple(boxes)))
+        found.append(Example(key.as_posix(), str(p), _image_label(boxes, negative, labels, p.name, min_box_px), boxes=tuple(boxes)))
     return found
 
 def read_elpv(root: Path) -> list:
@@ -144,17 +145,17 @@ def read_elpv(root: Path) -> list:
 
 # %% ../nbs/01_data.ipynb #e67dd327
 def read_source(source: str,             # a folder, a COCO .json, or a 'bundled:' name
-                negative: str = 'clean', labels: str = 'any') -> tuple:   # (list of Example, name of the format)
+                negative: str = 'clean', labels: str = 'any', min_box_px: float = 0) -> tuple:   # (list of Example, name of the format)
     "Read labelled images in whichever of the known formats `source` is."
     root = fetch(source) if str(source).startswith('bundled:') else Path(source).absolute()
     if not root.exists(): raise EdgenbError(f'{source} does not exist: check the path')
-    if root.suffix == '.json': return read_coco(root, negative, labels), 'COCO'
+    if root.suffix == '.json': return read_coco(root, negative, labels, min_box_px), 'COCO'
     if not root.is_dir(): raise EdgenbError(f'{source} is neither a folder nor a COCO .json file')
     if (root/'examples.jsonl').is_file(): return load_examples(root/'examples.jsonl'), 'examples'
     if (root/'labels.csv').is_file(): return read_elpv(root), 'ELPV'
-    if (root/'data.yaml').is_file(): return read_yolo(root, negative, labels), 'YOLO'
+    if (root/'data.yaml').is_file(): return read_yolo(root, negative, labels, min_box_px), 'YOLO'
     jsons = sorted(root.glob('*.json'))
-    if len(jsons) == 1: return read_coco(jsons[0], negative, labels), 'COCO'
+    if len(jsons) == 1: return read_coco(jsons[0], negative, labels, min_box_px), 'COCO'
     return read_folder(root), 'image folder'
 
 def check_examples(examples: list, source: str):
@@ -188,14 +189,16 @@ def split(strata: list,           # one label an example; each split gets its sh
     return result.tolist()
 
 # %% ../nbs/01_data.ipynb #c2cf3537
-def _outside(source, extra, negative, labels, **_):
+def _outside(source, extra, features, **_):
     "Digests of the sources: of the listing, and of every image."
     def one(s):
-        if str(s).startswith('bundled:'): return digest(fetch(s)/'source.json')   # names the package's digest
+        if str(s).startswith('bundled:'):
+            if not fetch(s).is_dir(): raise EdgenbError(f'{s} holds weights, not images')
+            return digest(fetch(s)/'source.json')   # names the package's digest
         if not Path(s).exists(): raise EdgenbError(f'{s} does not exist: check the path')
         p = Path(s)
         return digest(p.parent if p.suffix == '.json' else p)
-    return {f'source {n}': one(s) for n, s in enumerate([source, *extra])}
+    return {f'source {n}': one(s) for n, s in enumerate([source, *extra])} | weights_digest('features', features)
 
 def freeze(examples: list) -> tuple:   # (list of Example with sha256, thumbnails uint8 (n, 64, 64))
     "Decode every image once: proves that it can be read, takes its digest and a thumbnail."
@@ -224,11 +227,12 @@ def add_training(examples: list, thumbs: np.ndarray, base: int, more: str, negat
     dropped = [{'id': added[k].id, 'label': added[k].label, 'split': 'left out', 'problem': f'left out: looks like (correlation {s:.2f}) {e.id}, in {e.split}', 'path': added[k].path} for k, (e, s) in out.items()]
     return examples + [replace(added[k], split='train') for k in kept], np.concatenate([thumbs, new[kept]]), dropped
 
-@room(1, libraries=('numpy', 'pillow', 'scikit-learn', 'cleanlab', 'torch'), reads=_outside)
+@room(1, libraries=('numpy', 'pillow', 'scipy', 'scikit-learn', 'cleanlab', 'torch', 'transformers'), reads=_outside)
 def data(run,
          source: str,                          # folder, COCO .json, or 'bundled:' name
          negative: str = 'clean',              # the class that is accepted; every other one is a defect
          labels: str = 'any',                  # with boxes: 'any' or 'category', see `read_coco`
+         min_box_px: float = 0.0,              # with boxes: those with a shorter side do not count
          extra: list = [],                     # more sources, used for training only (what `learn` wrote)
          test: float = 0.25,                   # share of the frozen test set
          validation: float = 0.10,             # share for early stopping, thresholds and calibration
@@ -245,9 +249,9 @@ def data(run,
     _image_label([], negative, labels, '')   # refuses an unknown `labels`
     within('data', 0, 1, test=test, validation=validation, field=field)
     if test + validation + field > 0.9: raise EdgenbError(f'data: test, validation and field take {test + validation + field:.0%}, too little is left to train on: they may take 90 %')
-    within('data', 0, 1, label_accuracy=label_accuracy); within('data', 0.5, 0.999, confidence=confidence); within('data', 1, None, min_per_class=min_per_class)
+    within('data', 0, 1, label_accuracy=label_accuracy); within('data', 0.5, 0.999, confidence=confidence); within('data', 1, None, min_per_class=min_per_class); within('data', 0, None, min_box_px=min_box_px)
     if limit: within('data', 20, None, limit=limit)
-    examples, form = read_source(source, negative, labels)
+    examples, form = read_source(source, negative, labels, min_box_px)
     check_examples(examples, source)
     classes = sorted({e.label for e in examples}, key=lambda c: (c != negative, c))
     if negative not in classes: raise EdgenbError(f'{source} has no class {negative}, the one that is accepted.{did_you_mean(negative, classes)} Pass negative=...')
@@ -272,6 +276,10 @@ def data(run,
     if extra: twins = near_duplicates(thumbs, base=base)
     certificate, problems = certify(examples, twins, negative, label_accuracy, min_per_class, confidence, features, seed)
     problems = left_out + problems
+    for i in range(base, len(examples)):   # copies, so that the run holds all that is not in `source`
+        target = run.new(f'extra/{i - base:05}{Path(examples[i].path).suffix}')
+        target.write_bytes(examples[i].read())
+        examples[i] = replace(examples[i], path=target.relative_to(run.out).as_posix())
     kinds = {e.kind for e in examples}
     save_examples(examples, run.new('examples.jsonl'))
     write_atomic(run.new('certificate.json'), json.dumps(certificate, indent=1))

@@ -36,7 +36,7 @@ def shifted(examples: list, shift: str, mode: str = 'L') -> list:
     if shift and shift not in SHIFTS: raise EdgenbError(f'there is no shift {shift}.{did_you_mean(shift, SHIFTS)}')
     return [SHIFTS[shift](decode(e.read(), mode)) if shift else decode(e.read(), mode) for e in examples]
 
-@room(8, needs=('data', 'tune', 'ship'), libraries=('numpy', 'pillow', 'onnxruntime', 'scipy'))
+@room(8, needs=('data', 'ship'), libraries=('numpy', 'pillow', 'onnxruntime', 'scipy'))
 def learn(run,
           shift: str = 'darkened',   # what happened in the field, of `edgenb.watch.SHIFTS`; '' for nothing
           budget: int = 100          # images a person will look at

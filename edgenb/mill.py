@@ -7,7 +7,7 @@ __all__ = ['recipes', 'recipe', 'read_notebook', 'headline', 'Parameter', 'param
            'summary', 'ledger', 'ledger_table']
 
 # %% ../nbs/09_mill.ipynb #dca6fd3f
-import contextlib, json, os, re, sys, tempfile, threading
+import contextlib, json, os, re, shutil, sys, tempfile, threading
 from dataclasses import dataclass
 from pathlib import Path
 from .core import EdgenbError, Run, did_you_mean, file_errors, settings
@@ -97,7 +97,8 @@ def check_parameters(known: dict, given: dict) -> dict:
 class _Aloud:
     "Says on standard error, every ten seconds at most, how far the room at work in the kernel is."
     def __enter__(self):
-        self.path, self.over = Path(tempfile.mkstemp(prefix='edgenb-', suffix='.status')[1]), threading.Event()
+        self.path, self.over = Path(tempfile.mkdtemp(prefix='edgenb-'))/'status', threading.Event()
+        self.path.touch()
         os.environ['EDGENB_STATUS'] = str(self.path)
         self.thread = threading.Thread(target=self._speak, daemon=True)
         self.thread.start()
@@ -112,7 +113,7 @@ class _Aloud:
     def __exit__(self, *_):
         self.over.set(); self.thread.join()
         os.environ.pop('EDGENB_STATUS', None)
-        self.path.unlink(missing_ok=True)
+        shutil.rmtree(self.path.parent, ignore_errors=True)
 
 # %% ../nbs/09_mill.ipynb #0dcfdd9f
 def run_recipe(name: str,                    # of a recipe, or the path of a notebook
@@ -141,8 +142,8 @@ def run_recipe(name: str,                    # of a recipe, or the path of a not
 # %% ../nbs/09_mill.ipynb #993915fd
 def summary(run: Run) -> dict:
     "One row about a run, from its cards."
-    from edgenb.core import Card
-    cards = {c.room: c for c in (Card.load(p) for p in sorted(run.path.glob('[0-9][0-9]-*.json')))}
+    try: cards = {c.room: c for c in run.cards()}
+    except EdgenbError as e: return {'recipe': run.path.parent.name, 'run': run.path.name, 'path': str(run.path), 'data': '', 'reached': 'a damaged card', 'seconds': None, 'seed': None, 'reason': str(e)}
     last = list(cards)[-1] if cards else 'nothing'
     row = {'recipe': run.path.parent.name, 'run': run.path.name, 'path': str(run.path), 'data': next((c.data for c in cards.values()), ''), 'reached': last,
            'seconds': round(sum(c.seconds for c in cards.values()), 1), 'seed': cards['tune'].asked.get('seed') if 'tune' in cards else None}
@@ -159,7 +160,7 @@ def ledger(folder: str | Path | None = None   # runs/, one recipe's folder, or o
     "One row for every run at or below `folder`."
     folder = Path(folder or settings().runs)
     if not folder.is_dir(): raise EdgenbError(f'{folder} does not exist: nothing has been run yet, or the path is wrong')
-    found = {p.parent for pattern in ('', '*/', '*/*/') for p in folder.glob(f'{pattern}01-*.json')}
+    found = {p.parent for pattern in ('', '*/', '*/*/') for p in folder.glob(f'{pattern}01-*.json') if pattern == '' or not p.parent.name.startswith('turn-')}
     return [summary(Run(p)) for p in sorted(found)]
 
 def ledger_table(rows: list) -> str:

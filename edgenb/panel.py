@@ -93,7 +93,8 @@ def calibration_error(defective: np.ndarray, score: np.ndarray, bins: int = 10) 
 def latency_figure(rows: list,             # of the parity report
                    budget_ms: float = 0):  # drawn as a line where given
     "What does speed cost? Metric with its interval against latency, one point an artifact."
-    figure = _figure(f"{rows[0]['metric'].capitalize()} against latency (one image, file to decision)", 'latency p95, ms', f"{rows[0]['metric']} on the test set")
+    rows = [r for r in rows if r['value'] is not None]
+    figure = _figure(f"{rows[0]['metric'].capitalize()} against latency (one image, its bytes to the decision)", 'latency p95, ms', f"{rows[0]['metric']} on the test set")
     for r in rows:
         figure.add_scatter(x=[r['p95_ms']], y=[r['value']], mode='markers+text', text=[f"{r['artifact']}<br>{r['size_mb']:.1f} MB"], textposition='top center', name=r['artifact'],
                            error_y=dict(array=[r['high'] - r['value']], arrayminus=[r['value'] - r['low']]), marker_size=10, showlegend=False)
@@ -108,7 +109,7 @@ def history_figure(history: list):
     return figure
 
 # %% ../nbs/10_panel.ipynb #7ef00414
-def contact_sheet(images: list,      # PIL images or uint8 arrays
+def contact_sheet(images,            # PIL images or uint8 arrays; a generator will do
                   captions: list,    # one each, '\n' starts a new line
                   columns: int = 6,
                   size: int = 150    # pixels of a tile
@@ -117,7 +118,7 @@ def contact_sheet(images: list,      # PIL images or uint8 arrays
     from PIL import Image, ImageDraw
     captions = ['\n'.join(part for line in c.split('\n') for part in textwrap.wrap(line, size//6) or ['']) for c in captions]
     lines = max((c.count('\n') + 1 for c in captions), default=1)
-    height, rows = size + 13*lines + 6, -(-len(images)//columns)
+    height, rows = size + 13*lines + 6, -(-len(captions)//columns)
     sheet = Image.new('RGB', (columns*(size + 6), max(1, rows)*height), 'white')
     pen = ImageDraw.Draw(sheet)
     for n, (image, caption) in enumerate(zip(images, captions)):

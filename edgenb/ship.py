@@ -26,7 +26,7 @@ class Bundle:
     path: Path
     manifest: dict
     pipeline: Pipeline
-    sketch: Sketch                             # of the embeddings it was verified on
+    sketch: Sketch                             # of the embeddings of the validation images
     model: object = field(repr=False)          # callable from inputs to {'logits', 'embedding'}
 
     def answer(self, images: list) -> dict:
@@ -81,16 +81,18 @@ def shippable(rows: list,            # of the parity report
     row = next((r for r in rows if r['artifact'] == artifact and r['runtime'] != 'torch'), None)
     if row is None: raise EdgenbError(f"ship: there is no artifact {artifact}; there are {', '.join(r['artifact'] for r in rows if r['runtime'] != 'torch')}")
     if row['verdict'] != 'pass' and row['verdict'] not in accept:
-        raise EdgenbError(f"ship: {artifact} is '{row['verdict']}' ({row['reason']})" + ('' if row['verdict'] == 'fail' else f"; pass accept=['{row['verdict']}'] to ship it all the same, and the bundle will say so"))
+        raise EdgenbError(f"ship: {artifact} is '{row['verdict']}' ({row['reason']})" + ('' if row['verdict'] == 'fail' else f"; pass accept=['{row['verdict']}'] (in a recipe: accept_verdicts) to ship it all the same, and the bundle will say so"))
     return row
 
 # %% ../nbs/06_ship.ipynb #2c37c3e3
 def _portable(card) -> dict:
     "A card without paths of this machine."
+    def portable(v):
+        if isinstance(v, (list, tuple)): return [portable(x) for x in v]
+        return Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v
     values = asdict(card)
     values.pop('skipped')
-    asked = {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in values['asked'].items()}
-    return values | {'asked': asked}
+    return values | {'asked': {k: portable(v) for k, v in values['asked'].items()}}
 
 def pack(folder: Path, name: str, row: dict, model: Path, pipeline: Path, parity: Path, sketch: Sketch, cards: list, warnings: list) -> dict:
     "Write a bundle; returns its manifest."
@@ -105,7 +107,7 @@ def pack(folder: Path, name: str, row: dict, model: Path, pipeline: Path, parity
     write_json(folder/'manifest.json', manifest)
     return manifest
 
-@room(6, needs=('data', 'tune', 'compile', 'verify'), libraries=('numpy', 'pillow', 'onnxruntime'))
+@room(6, needs=('data', 'tune', 'squeeze', 'compile', 'verify'), libraries=('numpy', 'pillow', 'onnxruntime'))
 def ship(run,
          name: str = 'model',      # of the bundle
          artifact: str = '',       # '' for the one `verify` chose

@@ -27,7 +27,7 @@ def fold(net):
     return net
 
 # %% ../nbs/03_squeeze.ipynb #fce77c44
-@room(3, needs=('data', 'tune'), libraries=('torch', 'numpy', 'pillow'))
+@room(3, needs=('data', 'tune'), libraries=('torch', 'transformers', 'numpy', 'pillow'))
 def squeeze(run,
             precisions: list = ['fp32', 'int8'],   # of `PRECISIONS`
             calibration_images: int = 128,         # drawn from the validation split

@@ -7,13 +7,14 @@ __all__ = ['AUGMENTATIONS', 'METHODS', 'augment', 'head_of', 'prepare', 'to_trai
            'Pixels', 'fit', 'calibrate', 'decision_costs', 'tune', 'load_reference', 'tuned']
 
 # %% ../nbs/02_tune.ipynb #08e46cbe
-import json, math, os, random
+import json, math, random
 from pathlib import Path
 import numpy as np
 from .certificate import require
-from .core import EdgenbError, did_you_mean, progress, room, within, write_json
+from .core import EdgenbError, did_you_mean, progress, room, within, write_atomic, write_json
 from .data import examples_of
 from .pipeline import Pipeline
+from .weights import weights_digest
 
 # %% ../nbs/02_tune.ipynb #2d3218f3
 def _flip(x, rng):
@@ -47,7 +48,7 @@ def augment(x,              # float tensor (n, channels, height, width), pixel v
     return torch.stack(out)
 
 # %% ../nbs/02_tune.ipynb #ca586f59
-METHODS = {'full': 'all weights but the first layers', 'lora': 'low-rank updates through peft, merged at the end', 'head': 'only the last layer'}
+METHODS = {'full': 'all weights but the first layers (EfficientNet-Lite0: stem and three blocks)', 'lora': 'low-rank updates through peft, merged at the end', 'head': 'only the last layer'}
 
 def head_of(net) -> str:
     "Name of the last linear layer."
@@ -144,16 +145,19 @@ def _restore(work: Path, net, optimizer, schedule):
     import torch
     path = work/'checkpoint.pt'
     if not path.exists(): return 0, [], None
-    saved = torch.load(path, weights_only=True)
+    try: saved = torch.load(path, weights_only=True)
+    except Exception as e:
+        print(f'the checkpoint of an interrupted training cannot be read ({type(e).__name__}): starting afresh')
+        return 0, [], None
     net.load_state_dict(saved['net']); optimizer.load_state_dict(saved['optimizer']); schedule.load_state_dict(saved['schedule'])
     print(f"going on after epoch {saved['epoch']} of an interrupted training")
     return saved['epoch'], saved['history'], saved['best']
 
 def _checkpoint(work: Path, net, optimizer, schedule, epoch, history, best):
-    import torch
-    torch.save({'net': net.state_dict(), 'optimizer': optimizer.state_dict(), 'schedule': schedule.state_dict(),
-                'epoch': epoch, 'history': history, 'best': best}, work/'checkpoint.new')
-    os.replace(work/'checkpoint.new', work/'checkpoint.pt')
+    import io, torch
+    out = io.BytesIO()
+    torch.save({'net': net.state_dict(), 'optimizer': optimizer.state_dict(), 'schedule': schedule.state_dict(), 'epoch': epoch, 'history': history, 'best': best}, out)
+    write_atomic(work/'checkpoint.pt', out.getvalue())
 
 # %% ../nbs/02_tune.ipynb #71df5b41
 def fit(net, early: Pixels | None, train: Pixels, targets, validation: Pixels, validation_targets, weights, *, method, augmentations, early_epochs,
@@ -219,18 +223,23 @@ def _known(given, known, what):
     for name in given:
         if name not in known: raise EdgenbError(f'tune: there is no {what} {name}.{did_you_mean(name, known)}')
 
-def _base_digest(model_name_or_path, start_from, **_):
-    "Digests of the weights that come from outside, where they are files here."
-    from edgenb.core import digest
-    found = {}
-    for n, p in (('base', model_name_or_path), ('start', start_from)):
-        if p and Path(p).exists(): found[n] = digest(p)
-    return found
+def _outside(model_name_or_path, start_from, **_):
+    "Digests of the weights that come from outside."
+    return weights_digest('base', model_name_or_path) | (weights_digest('start', start_from) if start_from else {})
 
-@room(2, needs=('data',), libraries=('torch', 'numpy', 'pillow', 'peft', 'transformers', 'scipy'), reads=_base_digest)
+def _not_seen_before(run, start_from):
+    "Refuse weights that were trained on what is now a validation or test image."
+    before = Path(start_from).parent/'trained_on.json'
+    if not before.is_file(): return
+    held = {e.sha256: e for s in ('validation', 'test') for e in examples_of(run, s)}
+    if seen := [held[d] for d in json.loads(before.read_text(encoding='utf-8')) if d in held]:
+        raise EdgenbError(f'tune: start_from was trained on {len(seen)} image(s) that are now in validation or test (the first is {seen[0].id}): enter data with the source and seed of the first turn')
+
+@room(2, needs=('data',), libraries=('torch', 'numpy', 'pillow', 'peft', 'transformers', 'scipy'), reads=_outside)
 def tune(run,
          model_name_or_path: str = 'bundled:efficientnet-lite0',  # or a hub id or folder of transformers
          method: str = 'full',               # 'full', 'lora' or 'head'
+         mode: str = 'L',                    # 'L' grey or 'RGB'
          size: int = 192,                    # input height and width, pixels; 0: the network's own
          num_train_epochs: int = 12,
          early_size: int = 0, early_epochs: int = 0,   # the first epochs on smaller images: cheaper, and a good start
@@ -256,13 +265,14 @@ def tune(run,
     if size: within('tune', 32, 4096, size=size)
     costs = decision_costs(cost_miss, cost_false_alarm, cost_review)
     if start_from and not Path(start_from).is_file(): raise EdgenbError(f'tune: start_from = {start_from} does not exist: pass the model.safetensors of an earlier turn')
-    _known([method], METHODS, 'method'); _known(augmentations, AUGMENTATIONS, 'augmentation')
+    if start_from: _not_seen_before(run, start_from)
+    _known([method], METHODS, 'method'); _known([mode], ('L', 'RGB'), 'mode'); _known(augmentations, AUGMENTATIONS, 'augmentation')
     facts = run.card('data').result
     overridden = require(facts['certificate'], accept_gates)
     classes, negative = facts['classes'], facts['negative']
     torch.set_num_threads(num_threads)
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
-    pipeline = network_pipeline(model_name_or_path, classes, size, negative=classes.index(negative))
+    pipeline = network_pipeline(model_name_or_path, classes, size, mode, negative=classes.index(negative))
     training, held = examples_of(run, 'train'), examples_of(run, 'validation')
     train, validation = Pixels(training, pipeline, 'training images'), Pixels(held, pipeline, 'validation images')
     small = pipeline.with_step('resize', height=early_size, width=early_size) if early_epochs else None
@@ -283,6 +293,7 @@ def tune(run,
     config = net.model.config.to_dict() if hasattr(net, 'model') else None
     write_json(run.new('network.json'), {'model_name_or_path': model_name_or_path, 'classes': len(classes), 'config': config})
     pipeline.save(run.new('pipeline.json'))
+    write_json(run.new('trained_on.json'), sorted(e.sha256 for e in training))
     best = min(history[early_epochs:], key=lambda h: h['validation_loss'])
     return {'history': history, 'validation': best, 'calibration': calibration, 'decision': pipeline.step('decide'), 'overridden_gates': overridden,
             'trained': len(training), 'threads': num_threads, 'parameters': sum(p.numel() for p in net.parameters())}

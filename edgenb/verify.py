@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'accuracy', 'auc', 'detection_rate', 'false_positive_rate', 'find_metric', 'rate_interval', 'interval',
-           'Parity', 'parity', 'examples_needed', 'answers', 'choose', 'verify', 'by_group', 'load_answers',
-           'parity_table']
+           'paired_interval', 'Parity', 'parity', 'examples_needed', 'answers', 'measured', 'choose', 'verify',
+           'by_group', 'load_answers', 'parity_table']
 
 # %% ../nbs/05_verify.ipynb #19d77049
-import json, math
+import json, math, os, platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
@@ -69,6 +69,26 @@ def interval(y, answer, name: str, confidence: float = 0.95, seed: int = 0) -> t
     return value, *rate_interval(round(value*n) if n else 0, n, confidence)
 
 # %% ../nbs/05_verify.ipynb #65bae550
+def paired_interval(gains: int,                 # right only with the candidate
+                    losses: int,                # right only with the reference
+                    n: int,                     # images
+                    confidence: float = 0.95
+                   ) -> tuple:                  # (low, high) of (gains - losses)/n
+    "Score interval for the difference of paired proportions (Tango 1998, Statistics in Medicine 17, 891-908)."
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+    z, b, c = norm.ppf((1 + confidence)/2), gains, losses
+    def excess(d):   # signed distance of the score statistic at difference d
+        linear, square = -b - c + (2*n - b + c)*d, -c*d*(1 - d)
+        q = (math.sqrt(max(linear**2 - 8*n*square, 0)) - linear)/(4*n)
+        spread = math.sqrt(max(n*(2*q + d*(1 - d)), 1e-300))
+        return (b - c - n*d)/spread
+    found, edge = (b - c)/n, 1 - 1e-12
+    low = -1.0 if excess(-edge) <= z else brentq(lambda d: excess(d) - z, -edge, found) if excess(found) < z else found
+    high = 1.0 if excess(edge) >= -z else brentq(lambda d: excess(d) + z, found, edge) if excess(found) > -z else found
+    return float(low), float(high)
+
+# %% ../nbs/05_verify.ipynb #0d691fbe
 @dataclass(frozen=True)
 class Parity:
     "How a candidate compares with its reference on the same images."
@@ -81,7 +101,7 @@ class Parity:
     delta_high: float
     n: int                # images
     flipped: list         # indices of images with another label than the reference gives
-    needed: int           # images that would decide, at the disagreement seen here
+    needed: int           # images that would decide, at the disagreement seen here, with 80 % power
     verdict: str          # 'pass', 'fail' or 'undecided'
     reason: str
 
@@ -90,6 +110,22 @@ def _answer(model, images):
     found = dict(model(images) if callable(model) else model)
     return {'label': np.asarray(found['label']), 'score': np.asarray(found['score']), 'negative': found.get('negative', 0)}
 
+def _right(y, answer, name):
+    "Per image of the metric's denominator: judged as the metric wants it?"
+    of = {'accuracy': np.ones(len(y), bool), 'detection rate': y != answer['negative'], 'false-positive rate': y == answer['negative']}[name]
+    return (answer['label'] == y if name == 'accuracy' else answer['label'] != answer['negative'])[of]
+
+def _difference(y, a, b, name, confidence, resamples, seed):
+    "(low, high, standard deviation of one image's share) of the metric's difference b - a."
+    if name == 'auc':
+        draws = _draws(y, [a, b], auc, resamples, seed)
+        differences = draws[:, 1] - draws[:, 0]
+        low, high = np.nanquantile(differences, [(1 - confidence)/2, (1 + confidence)/2])
+        return float(low), float(high), float(np.nanstd(differences))*math.sqrt(len(y))
+    before, after = _right(y, a, name), _right(y, b, name)
+    gains, losses, n = int((after & ~before).sum()), int((before & ~after).sum()), len(before)
+    return *paired_interval(gains, losses, n, confidence), float(np.std(after.astype(float) - before))
+
 def parity(reference,                    # callable from images to {'label', 'score'[, 'negative']} (a `Pipeline` with its model), or its answer
            candidate,                    # likewise
            data: tuple,                  # (images, labels as class indices)
@@ -97,6 +133,7 @@ def parity(reference,                    # callable from images to {'label', 'sc
            tolerance: float = 0.02,      # loss of the metric that is still fine
            confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Parity:
     "Non-inferiority of `candidate`: the paired confidence bound of the loss against `tolerance`."
+    from scipy.stats import norm
     images, y = data[0], np.asarray(data[1])
     if len(y) == 0: raise EdgenbError('parity: there are no test images')
     a, b = _answer(reference, images), _answer(candidate, images)
@@ -104,19 +141,12 @@ def parity(reference,                    # callable from images to {'label', 'sc
     function, sign = find_metric(metric)
     if not np.isfinite(function(y, a)): raise EdgenbError(f'parity: {metric} cannot be computed on these {len(y)} images, which are all of one kind: it needs defective and good ones')
     flipped = np.nonzero(a['label'] != b['label'])[0]
-    delta, tail = function(y, b) - function(y, a), (1 - confidence)/2
-    if not np.isfinite(b['score']).all(): return Parity(metric, float('nan'), float('nan'), float('nan'), float('nan'), float('nan'), float('nan'), len(y), flipped.tolist(), 0, 'fail', 'scores are not finite')
-    if len(flipped) == 0 and metric != 'auc':
-        spread, low, high = 0.0, -(1 - tail**(1/len(y))), 1 - tail**(1/len(y))
-    else:
-        draws = _draws(y, [a, b], function, resamples, seed)
-        differences = draws[:, 1] - draws[:, 0]
-        spread = float(np.nanstd(differences))*math.sqrt(len(y))
-        low, high = (float(q) for q in np.nanquantile(differences, [tail, 1 - tail]))
+    if not np.isfinite(b['score']).all(): return Parity(metric, *[float('nan')]*6, len(y), flipped.tolist(), 0, 'fail', 'its scores are not finite numbers')
+    delta, (low, high, spread) = function(y, b) - function(y, a), _difference(y, a, b, metric, confidence, resamples, seed)
     worst, best = (low, high) if sign > 0 else (-high, -low)
     verdict = 'pass' if worst >= -tolerance else 'fail' if best < -tolerance else 'undecided'
-    room = tolerance + sign*delta
-    needed = 0 if verdict != 'undecided' or room < 1e-6 else max(math.ceil((1.96*spread/room)**2), math.ceil(math.log(tail)/math.log1p(-min(room, 0.999))))
+    room, z = tolerance + sign*delta, norm.ppf((1 + confidence)/2)
+    needed = 0 if verdict != 'undecided' or room < 1e-6 else math.ceil(max(((z + norm.ppf(0.8))*spread/room)**2, z**2*(1 - room)/room))
     reason = {'pass': f'loses at most {max(0, -worst):.3f} {metric}, tolerance {tolerance}', 'fail': f'loses at least {-best:.3f} {metric}, tolerance {tolerance}',
               'undecided': f'may lose up to {-worst:.3f} {metric}, tolerance {tolerance}: ' + (f'about {needed} test images would decide' if needed else 'the loss seen exceeds the tolerance, more images would most likely fail it')}[verdict]
     return Parity(metric, *interval(y, b, metric, confidence, seed), delta, low, high, len(y), flipped.tolist(), needed, verdict, reason)
@@ -128,6 +158,7 @@ def examples_needed(claim: float,                # the rate to prove, e.g. 0.972
                     power: float = 0.8           # chance that the proof comes out
                    ) -> int | None:              # None if the true rate does not exceed the claim
     "Smallest n at which a model with `true_rate` shows, with `power`, a lower bound of at least `claim`."
+    within('examples_needed', 0.01, 0.9999, claim=claim); within('examples_needed', 0, 1, true_rate=true_rate)
     from scipy.stats import beta, binom
     if true_rate <= claim: return None
     n, tried = math.ceil(math.log(1 - confidence)/math.log(claim)), 0
@@ -140,11 +171,34 @@ def examples_needed(claim: float,                # the rate to prove, e.g. 0.972
     return None
 
 # %% ../nbs/05_verify.ipynb #38787176
-def _device_facts(device, **_): return {f'device {device}': digest_of(asdict(find_device(device)))} if device != 'local' else {}
+def _device_facts(device, **_):
+    "What a verdict depends on besides the artifacts: the device's row, and for `local` this machine's processor."
+    facts = [asdict(find_device(device))]
+    if device == 'local':
+        info = Path('/proc/cpuinfo')
+        facts += [os.cpu_count(), platform.processor(), next((l for l in info.read_text().splitlines() if l.startswith('model name')), '') if info.exists() else '']
+    return {f'device {device}': digest_of(facts)}
 
-def answers(model, pipeline, inputs, negative: int) -> dict:
-    "A model's answer to preprocessed inputs, through the pipeline's last steps."
-    return pipeline.after(model(inputs)) | {'negative': negative}
+def answers(models: dict, pipeline, examples: list, negative: int) -> dict:   # name -> answer
+    "Each model's answer to the examples, through the pipeline; images are decoded once, some at a time."
+    logits = {n: [] for n in models}
+    chunks = [examples[i:i + 64] for i in range(0, len(examples), 64)]
+    for chunk in progress(chunks, desc='deciding on test images', unit='64 images'):
+        inputs = np.stack([pipeline.before(e.read()) for e in chunk])
+        for n, model in models.items(): logits[n].append(model(inputs)['logits'])
+    return {n: pipeline.after({'logits': np.concatenate(l)}) | {'negative': negative} for n, l in logits.items()}
+
+def measured(budget_ms: float, *args, **kw) -> dict:
+    "`measure`; where the p95 is over the budget, the middle one of three tries, so that a busy moment is no verdict."
+    from edgenb.measure import measure
+    tries = [measure(*args, **kw)]
+    if tries[0]['p95_ms'] > budget_ms: tries += [measure(*args, **kw) for _ in range(2)]
+    return sorted(tries, key=lambda m: m['p95_ms'])[len(tries)//2]
+
+def _finite(value):
+    "JSON has no NaN: None instead, at any depth."
+    if isinstance(value, dict): return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 def _budget(row, runtime, device, latency_budget_ms, parameters):
     "Reasons why an artifact does not suit the device: failures, and what was not measured."
@@ -153,7 +207,7 @@ def _budget(row, runtime, device, latency_budget_ms, parameters):
     need = fit({'parameters': parameters, 'bytes_per_weight': 1 if row['precision'] == 'int8' else 4}, device)
     if need.fits is False: wrong.append(need.reason)
     if device.name == 'local':
-        if row['p95_ms'] > latency_budget_ms: wrong.append(f"p95 {row['p95_ms']} ms is over the budget of {latency_budget_ms} ms")
+        if row['p95_ms'] > latency_budget_ms: wrong.append(f"p95 {row['p95_ms']} ms is over the budget of {latency_budget_ms} ms (if this machine was busy: delete the card of verify and run again)")
         if device.memory_mb and row['rss_mb'] > device.memory_mb: wrong.append(f"{row['rss_mb']} MB of memory, {device.memory_mb:.0f} MB there")
     else: unknown.append(f'latency was measured here, not on {device.name}')
     return wrong, unknown
@@ -165,34 +219,32 @@ def choose(rows: list) -> str | None:
     return min(passed or open_, key=lambda r: (r['p95_ms'], r['size_mb']))['artifact'] if passed or open_ else None
 
 # %% ../nbs/05_verify.ipynb #0172d919
-@room(5, needs=('data', 'tune', 'squeeze', 'compile'), libraries=('numpy', 'pillow', 'torch', 'onnxruntime', 'scipy'), reads=_device_facts)
+@room(5, needs=('data', 'tune', 'squeeze', 'compile'), libraries=('numpy', 'pillow', 'torch', 'transformers', 'onnxruntime', 'scipy'), reads=_device_facts)
 def verify(run,
            device: str = 'local',             # a row of devices.toml
            metric: str = 'accuracy',          # the task metric that must hold
            tolerance: float = 0.02,           # of it
-           latency_budget_ms: float = 50.0,   # p95, file to decision, on the device
+           latency_budget_ms: float = 50.0,   # p95, from the file's bytes to the decision, on the device
            confidence: float = 0.95,
-           timing_runs: int = 200, num_threads: int = 1, seed: int = 0):
+           timing_runs: int = 500, num_threads: int = 1, seed: int = 0):
     "Judge every artifact on the frozen test set against the tuned reference and the device. Leaves parity.json and answers.npz."
     from edgenb.compile import runtime
-    from edgenb.measure import measure
     from edgenb.tune import tuned
     find_metric(metric)
     within('verify', 0.5, 0.999, confidence=confidence); within('verify', 0, 1, tolerance=tolerance); within('verify', 1, None, timing_runs=timing_runs, num_threads=num_threads)
     about, tests = find_device(device), examples_of(run, 'test')
     _, pipeline = tuned(run)
     y, negative = np.array([pipeline.classes.index(e.label) for e in tests]), pipeline.step('decide')['negative']
-    inputs = np.stack([pipeline.before(e.read()) for e in progress(tests, desc='reading test images', unit='image')])
     reference = {'artifact': 'reference', 'runtime': 'torch', 'precision': 'fp32', 'path': run.file('tune', 'model.safetensors')}
     built = [a | {'path': run.file('compile', a['file'])} for a in run.card('compile').result['artifacts']]
-    rows, kept = [], {}
-    for a in progress([reference, *built], desc='verifying', unit='artifact'):
-        answer = answers(runtime(a['runtime']).load(a['path']), pipeline, inputs, negative)
-        kept[a['artifact']] = answer
+    kept = answers({a['artifact']: runtime(a['runtime']).load(a['path']) for a in (reference, *built)}, pipeline, tests, negative)
+    rows = []
+    for a in progress([reference, *built], desc='measuring', unit='artifact'):
+        answer = kept[a['artifact']]
         p = parity(kept['reference'], answer, (None, y), metric, tolerance, confidence, seed=seed)
         row = {'artifact': a['artifact'], 'runtime': a['runtime'], 'precision': a['precision'], 'device': device, 'metric': metric,
                **{k: getattr(p, k) for k in ('value', 'low', 'high', 'delta', 'delta_low', 'delta_high')},
-               **measure(a['runtime'], a['path'], run.file('tune', 'pipeline.json'), [e.path for e in tests[:50]], timing_runs, num_threads=num_threads),
+               **measured(latency_budget_ms, a['runtime'], a['path'], run.file('tune', 'pipeline.json'), [e.path for e in tests[:50]], timing_runs, num_threads=num_threads),
                'size_mb': round(a['path'].stat().st_size/1e6, 3), 'verdict': p.verdict, 'reason': p.reason, 'flipped': [tests[i].id for i in p.flipped], 'needed': p.needed,
                'also': {m: dict(zip(('value', 'low', 'high'), interval(y, answer, m, confidence, seed))) for m in METRICS}}
         if a is not reference:
@@ -200,7 +252,7 @@ def verify(run,
             if wrong: row |= {'verdict': 'fail', 'reason': '; '.join(wrong)}
             elif unknown and row['verdict'] == 'pass': row |= {'verdict': 'not run here', 'reason': '; '.join(unknown)}
         else: row |= {'reason': 'what the others are compared with'}
-        rows.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
+        rows.append(_finite(row))
     write_json(run.new('parity.json'), {'rows': rows, 'images': len(tests)})
     np.savez(run.new('answers.npz'), y=y, **{f'{n} {k}': a[k] for n, a in kept.items() for k in ('score', 'label')})
     chosen = choose(rows)
@@ -228,12 +280,12 @@ def load_answers(run) -> tuple:
 
 def parity_table(rows: list) -> str:
     "Markdown table of a parity report."
-    def rate(r, m): a = r['also'][m]; return f"{a['value']:.3f} [{a['low']:.3f}, {a['high']:.3f}]"
+    def rate(r, m): a = r['also'][m]; return '–' if None in a.values() else f"{a['value']:.3f} [{a['low']:.3f}, {a['high']:.3f}]"
     head = '| artifact | accuracy | AUC | detection rate | false-positive rate | difference | p50 / p95 / p99 ms | model p50 ms | MB | memory MB | verdict |'
     out = [head, '|' + '---|'*head.count('|', 1)]
     for r in rows:
         out.append(f"| {r['artifact']} | {rate(r, 'accuracy')} | {rate(r, 'auc')} | {rate(r, 'detection rate')} | {rate(r, 'false-positive rate')} | "
-                   + ('' if r['artifact'] == 'reference' else f"{r['delta']:+.4f} [{r['delta_low']:+.4f}, {r['delta_high']:+.4f}]")
+                   + ('' if r['artifact'] == 'reference' or r['delta'] is None else f"{r['delta']:+.4f} [{r['delta_low']:+.4f}, {r['delta_high']:+.4f}]")
                    + f" | {r['p50_ms']:.1f} / {r['p95_ms']:.1f} / {r['p99_ms']:.1f} | {r['model_p50_ms']:.2f} | {r['size_mb']:.1f} | {r['rss_mb']:.0f} | "
                    + (f"**{r['verdict']}**: {r['reason']}" if r['artifact'] != 'reference' else 'reference') + ' |')
     return '\n'.join(out)

@@ -138,7 +138,7 @@ def blurred(pixels: np.ndarray) -> np.ndarray:
 
 SHIFTS = {'darkened': darkened, 'blurred': blurred}
 
-@room(7, needs=('data', 'tune', 'ship'), libraries=('numpy', 'pillow', 'onnxruntime'))
+@room(7, needs=('data', 'ship'), libraries=('numpy', 'pillow', 'onnxruntime'))
 def watch(run,
           shifts: list = ['darkened', 'blurred'],  # of `SHIFTS`
           groups: list = [],                       # also: only images of this group
