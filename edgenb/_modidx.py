@@ -260,6 +260,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'edgenb.vision.TransformersNetwork.forward': ('vision.html#transformersnetwork.forward', 'edgenb/vision.py'),
                                'edgenb.vision._from_transformers': ('vision.html#_from_transformers', 'edgenb/vision.py'),
                                'edgenb.vision._lite0_names': ('vision.html#_lite0_names', 'edgenb/vision.py'),
+                               'edgenb.vision._not_there': ('vision.html#_not_there', 'edgenb/vision.py'),
                                'edgenb.vision.features': ('vision.html#features', 'edgenb/vision.py'),
                                'edgenb.vision.lite0': ('vision.html#lite0', 'edgenb/vision.py'),
                                'edgenb.vision.load_network': ('vision.html#load_network', 'edgenb/vision.py'),

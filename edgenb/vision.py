@@ -107,15 +107,17 @@ class TransformersNetwork(nn.Module):
         last = outputs.hidden_states[-1]
         return outputs.logits, last.mean((2, 3)) if last.ndim == 4 else last.mean(1)
 
+def _not_there(name, folder_says, e):
+    where = folder_says if Path(name).is_dir() else 'is neither a folder here nor a model that the hub gave us; without a network pass a local folder or bundled:efficientnet-lite0'
+    return EdgenbError(f'{name} {where} ({str(e).splitlines()[0][:120]})')
+
 def _from_transformers(name, classes):
     from transformers import AutoConfig, AutoModelForImageClassification
     try:
         config = AutoConfig.from_pretrained(name)
         model = AutoModelForImageClassification.from_pretrained(name, num_labels=classes or config.num_labels, ignore_mismatched_sizes=True)
     except (OSError, ValueError) as e:
-        where = 'is a folder without a transformers image model in it' if Path(name).is_dir() else \
-                'is neither a folder here nor a model that the hub gave us; without a network pass a local folder or bundled:efficientnet-lite0'
-        raise EdgenbError(f'{name} {where} ({str(e).splitlines()[0][:120]})') from None
+        raise _not_there(name, 'is a folder without a transformers image model in it', e) from None
     return TransformersNetwork(model)
 
 # %% ../nbs/15_vision.ipynb #a53e3fe7
@@ -134,7 +136,7 @@ def network_pipeline(model_name_or_path: str, classes: list, size: int = 0, mode
         return image_pipeline(classes, size or 224, mode, mean=[127/255], std=[128/255], negative=negative)
     from transformers import AutoImageProcessor
     try: p = AutoImageProcessor.from_pretrained(model_name_or_path, use_fast=False).to_dict()
-    except (OSError, ValueError): raise EdgenbError(f'{model_name_or_path} has no preprocessor_config.json: save its image processor beside the model') from None
+    except (OSError, ValueError) as e: raise _not_there(model_name_or_path, 'has no preprocessor_config.json: save its image processor beside the model', e) from None
     own = p.get('crop_size') or p.get('size') or {}
     own = own.get('height') or own.get('shortest_edge') or 224
     mean, std = (p['image_mean'], p['image_std']) if p.get('do_normalize', True) and p.get('image_mean') else ([0.0], [1.0])

@@ -14,12 +14,11 @@ from edgenb.data import data, examples_of, load_examples, read_coco, read_source
 from edgenb.pipeline import FILTERS, Pipeline, decode, image_pipeline, resize, to_tensor
 from edgenb.ship import bundle_of, load_bundle, ship, shippable
 from edgenb.tune import decision_costs, tune
-from edgenb.verify import METRICS, auc, parity, rate_interval
+from edgenb.verify import METRICS, auc, paired_interval, parity, rate_interval, verify
 from edgenb.watch import Sketch, mmd_test, watch
 from edgenb.learn import learn
 from edgenb.squeeze import squeeze
 from edgenb.compile import compile
-from edgenb.verify import verify
 
 ROOMS = {f.__name__: f for f in (data, tune, squeeze, compile, verify, ship, watch, learn)}
 properties = hypothesis_settings(derandomize=True, deadline=None, database=None, max_examples=40)
@@ -410,7 +409,8 @@ def test_training_without_a_certificate_is_refused_and_names_the_gate(frozen):
 
 def test_a_room_entered_too_early_says_which_comes_first(frozen, tmp_path):
     for room, first in [(tune, 'data'), (learn, 'data')]: refused(lambda: room(Run(tmp_path/'new')), f'run {first}(run) first')
-    for room in (squeeze, compile, verify, ship, watch, learn): refused(lambda: room(frozen), 'run tune(run) first')
+    for room in (squeeze, compile, verify, ship): refused(lambda: room(frozen), 'run tune(run) first')
+    for room in (watch, learn): refused(lambda: room(frozen), 'run ship(run) first')
 
 
 @pytest.mark.parametrize('choices,words', [({}, 'no artifact may ship'), ({'artifact': 'onnxruntime-fp32'}, "'fail'"),
@@ -854,3 +854,49 @@ def test_independent_images_are_not_paired(make):
     rng = np.random.default_rng(6)
     found = near_duplicates(np.stack([thumbnail(make(rng).astype(np.uint8)) for _ in range(150)]))
     assert found.pairs == [] and len(set(found.clusters.tolist())) == 150
+
+
+def test_an_artifact_whose_scores_are_no_numbers_fails_and_is_reported():
+    y = np.array([0, 1]*20)
+    good = {'label': y, 'score': y.astype(float)}
+    broken = parity(good, {'label': y, 'score': np.full(40, np.nan)}, (None, y))
+    assert broken.verdict == 'fail' and 'finite' in broken.reason
+
+
+@pytest.mark.parametrize('n,losses', [(20, 0), (20, 1), (300, 1), (656, 3)])
+def test_more_losses_never_look_safer(n, losses):
+    assert paired_interval(0, losses + 1, n)[0] < paired_interval(0, losses, n)[0] < 0
+
+
+def test_flips_outside_the_metrics_denominator_prove_nothing():
+    y = np.array([0]*50 + [1]*10)
+    reference, candidate = y.copy(), y.copy()
+    candidate[:10] = 1                                # ten false alarms, and ten defective images say nothing about 2 points
+    found = parity({'label': reference, 'score': reference*1.0}, {'label': candidate, 'score': candidate*1.0}, (None, y), metric='detection rate')
+    assert found.verdict == 'undecided' and found.delta_low < -0.1
+
+
+def test_the_paired_interval_keeps_its_promise():
+    drawn = np.random.default_rng(0).multinomial(300, [0.01, 0.03, 0.96], size=800)
+    low = np.array([paired_interval(gains, losses, 300)[0] for gains, losses, _ in drawn])
+    assert 0.005 < (low >= -0.02).mean() < 0.04       # a true loss of exactly the tolerance passes in 2.5 % of draws
+
+
+def test_weights_that_saw_a_test_image_are_not_taken_up_again(toy_run, tmp_path):
+    run = Run(tmp_path/'run')
+    failing = [g['gate'] for g in data(run, source=toy_run.card('data').asked['source'], seed=1).result['certificate']['gates'] if not g['passed']]
+    refused(lambda: tune(run, accept_gates=failing, start_from=toy_run.file('tune', 'model.safetensors')), 'now in validation or test')
+
+
+def test_new_examples_are_copied_into_the_run_and_those_that_look_like_test_images_left_out(toy_run, tmp_path):
+    asked = toy_run.card('data').asked
+    secret, other = examples_of(toy_run, 'test')[0], examples_of(toy_run, 'train')[0]
+    for n, e in (('leak', secret), ('fine', other)):
+        (tmp_path/'more'/e.label).mkdir(parents=True, exist_ok=True)
+        shutil.copy(e.path, tmp_path/'more'/e.label/f'{n}.png')
+    run = Run(tmp_path/'run')
+    data(run, source=asked['source'], field=asked['field'], extra=[tmp_path/'more'])
+    shutil.rmtree(tmp_path/'more')
+    added = [e for e in examples_of(run, 'train') if 'fine' in e.id]
+    assert added[0].read() and not any('leak' in e.id for e in examples_of(run, 'all'))
+    assert any('left out' in line for line in run.file('data', 'problems.jsonl').read_text().splitlines())
