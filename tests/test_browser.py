@@ -2,6 +2,7 @@
 import contextlib, json, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 import pytest
+from playwright.sync_api import expect
 
 root = Path(__file__).parents[1]
 chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
@@ -47,8 +48,10 @@ def test_the_wafer_recipe_runs_in_jupyterlab_and_shows_live_plots(page, lab, tmp
     assert done == 'finished', json.dumps(errors)[:2000]
     plots = [i for i, c in enumerate(cells) for o in c.get('outputs', []) if 'application/vnd.plotly.v1+json' in o.get('data', {})]
     assert len(plots) == 4   # training, latency, confusion, reliability
-    for i in sorted(set(plots)):
+    for i in sorted(set(plots)):   # a still picture at first, alive under the mouse
         page.evaluate(f"() => {{ const c = window.jupyterapp.shell.currentWidget.content; c.activeCellIndex = {i}; c.scrollToItem({i}) }}")
-        page.wait_for_function("() => document.querySelector('.jp-Cell.jp-mod-active .js-plotly-plot .main-svg')?.getBoundingClientRect().height > 100", timeout=60_000)
+        shown = page.locator('.jp-Cell.jp-mod-active .jp-RenderedPlotly').first
+        shown.locator('img.plot-img').dispatch_event('mouseenter', timeout=60_000)
+        expect(shown.locator('.main-svg').first).to_be_visible(timeout=60_000)
         page.screenshot(path=str(tmp_path/f'plot-{i}.png'))
     assert all(u.startswith((lab, 'data:', 'blob:', lab.replace('http', 'ws'))) for u in asked), [u for u in asked if not u.startswith(lab)]   # nothing from outside
