@@ -233,6 +233,7 @@ def data(run,
          negative: str = 'clean',              # the class that is accepted; every other one is a defect
          labels: str = 'any',                  # with boxes: 'any' or 'category', see `read_coco`
          min_box_px: float = 0.0,              # with boxes: those with a shorter side do not count
+         kind: str = 'real',                   # what the images of `source` are: 'real' or 'synthetic'
          extra: list = [],                     # more sources, used for training only (what `learn` wrote)
          test: float = 0.25,                   # share of the frozen test set
          validation: float = 0.10,             # share for early stopping, thresholds and calibration
@@ -253,6 +254,8 @@ def data(run,
     if limit: within('data', 20, None, limit=limit)
     examples, form = read_source(source, negative, labels, min_box_px)
     check_examples(examples, source)
+    if kind not in ('real', 'synthetic'): raise EdgenbError(f"data: kind = {kind!r} is not one of 'real', 'synthetic'")
+    if kind == 'synthetic': examples = [replace(e, kind=kind) for e in examples]
     classes = sorted({e.label for e in examples}, key=lambda c: (c != negative, c))
     if negative not in classes: raise EdgenbError(f'{source} has no class {negative}, the one that is accepted.{did_you_mean(negative, classes)} Pass negative=...')
     if len(classes) < 2: raise EdgenbError(f'{source} has one class only ({classes[0]}): a model needs examples of at least two')

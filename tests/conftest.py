@@ -40,7 +40,7 @@ def toy_run(toy_images, tmp_path_factory):
     from edgenb.verify import verify
     from edgenb.watch import watch
     run = Run.start('toy', tmp_path_factory.mktemp('runs'))
-    failing = [g['gate'] for g in data(run, source=str(toy_images), field=0.1).result['certificate']['gates'] if not g['passed']]
+    failing = [g['gate'] for g in data(run, source=str(toy_images), kind='synthetic', field=0.1).result['certificate']['gates'] if not g['passed']]
     tune(run, method='head', size=64, num_train_epochs=2, head_learning_rate=0.004, accept_gates=failing)
     squeeze(run, precisions=['fp32'], calibration_images=16)
     compile(run)

@@ -895,8 +895,15 @@ def test_new_examples_are_copied_into_the_run_and_those_that_look_like_test_imag
         (tmp_path/'more'/e.label).mkdir(parents=True, exist_ok=True)
         shutil.copy(e.path, tmp_path/'more'/e.label/f'{n}.png')
     run = Run(tmp_path/'run')
-    data(run, source=asked['source'], field=asked['field'], extra=[tmp_path/'more'])
+    data(run, source=asked['source'], kind='synthetic', field=asked['field'], extra=[tmp_path/'more'])
     shutil.rmtree(tmp_path/'more')
     added = [e for e in examples_of(run, 'train') if 'fine' in e.id]
     assert added[0].read() and not any('leak' in e.id for e in examples_of(run, 'all'))
     assert any('left out' in line for line in run.file('data', 'problems.jsonl').read_text().splitlines())
+
+
+def test_synthetic_images_are_called_synthetic_to_the_end(toy_run):
+    from edgenb.mill import summary
+    manifest = load_bundle(bundle_of(toy_run)).manifest
+    assert {c.data for c in toy_run.cards()} == {'synthetic'} == {manifest['data'], summary(toy_run)['data']}
+    assert any('synthetic' in w for w in manifest['warnings'])
