@@ -4,6 +4,12 @@ import pytest
 from PIL import Image, ImageDraw
 
 
+FAST_FIRST = ['test_core', 'test_cli', 'test_bad_input', 'test_notebooks', 'test_tune', 'test_device_environment', 'test_recipes', 'test_browser']
+
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda i: FAST_FIRST.index(i.path.stem) if i.path.stem in FAST_FIRST else 0)
+
+
 def toy_image(rng, scratched: bool) -> Image.Image:
     "A noisy grey surface, 64 x 64, with or without a bright line across it."
     slope = np.add.outer(np.linspace(-1, 1, 64)*rng.uniform(-20, 20), np.linspace(-1, 1, 64)*rng.uniform(-20, 20))
