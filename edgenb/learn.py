@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from .core import EdgenbError, did_you_mean, room, within
-from .data import Example, examples_of, save_examples
+from .data import examples_of, save_examples
 from .pipeline import decode
 from .watch import SHIFTS
 
