@@ -43,7 +43,8 @@ def allocated(content: bytes, arena_kb: float, keep: bool = False):
         try: return micro.Interpreter.from_bytes(content, arena_size=int(1000*arena_kb), intrepreter_config=config)
         except RuntimeError: said = text()
     lacks = re.search(r"Didn't find op for builtin opcode '(\w+)'|Node (\w+) \(number \d+\) failed to prepare", said)
-    if not (lacks and lacks[1]) and re.search('llocate|resize', said) and arena_kb < MOST_KB: return None
+    hopeless = lacks and (lacks[1] or not re.search('llocate|resize', said))
+    if not hopeless and arena_kb < MOST_KB: return None
     op = (lacks[1] or lacks[2]) if lacks else ''
     where = ', '.join(name for kind, name, _ in layers(content) if kind == op)
     raise EdgenbError(f'TFLM has no kernel for {op} as this network uses it, at {where}: replace it, or compute it outside the network' if op else
