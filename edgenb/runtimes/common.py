@@ -68,10 +68,12 @@ def reason(error: BaseException) -> str:
 def modules_with(network, op: str   # of torch, such as 'digamma'
                 ) -> list:          # 'block.act (Digamma)'
     "The modules of a network that use a torch operation, as export sees them."
-    import torch
-    program = torch.export.export(network.net.eval(), tuple(torch.from_numpy(v) for v in network.inputs.values()))
+    import torch, warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        program = torch.export.export(network.net.eval(), tuple(torch.from_numpy(v) for v in network.inputs.values())).run_decompositions()
     found = []
-    for node in program.run_decompositions().graph.nodes:
+    for node in program.graph.nodes:
         if node.op == 'call_function' and str(node.target).split('.')[1:2] == [op]:
             path, kind = list(node.meta.get('nn_module_stack', {'': ('', '')}).values())[-1]
             found.append(f"{path or 'the network itself'} ({getattr(kind, '__name__', kind).rsplit('.')[-1]})")

@@ -104,10 +104,14 @@ def open_file(path: Path, num_threads: int = 1, **options):
 def function_of(interpreter, path: Path):
     "The function an open file computes, {input name: array with batch 1} to {output name: array}, and the names of its inputs."
     runner = interpreter.get_signature_runner()
-    inputs, outputs = runner.get_input_details(), runner.get_output_details()
+    def in_order(named, details):   # a signature is sorted by name, the graph is in the order of the network
+        at = [d['index'] for d in details]
+        return dict(sorted(named.items(), key=lambda item: at.index(item[1]['index'])))
+    inputs, outputs = in_order(runner.get_input_details(), interpreter.get_input_details()), in_order(runner.get_output_details(), interpreter.get_output_details())
     def call(x):
         for name, detail in inputs.items():
-            if x[name].shape != tuple(detail['shape']): raise EdgenbError(f"{path}: input {name} has shape {x[name].shape}, the file holds exactly {tuple(detail['shape'].tolist())}")
+            held = tuple(detail['shape'].tolist())
+            if x[name].shape != held: raise EdgenbError(f'{path}: input {name} has shape {x[name].shape}, the file holds exactly {held}')
             interpreter.set_tensor(detail['index'], to_integers(x[name], detail))
         interpreter.invoke()
         return {name: to_floats(interpreter.get_tensor(detail['index']), detail) for name, detail in outputs.items()}
@@ -115,9 +119,11 @@ def function_of(interpreter, path: Path):
 
 # %% ../../nbs/runtimes/litert.ipynb #32350e47
 def layer_outputs(content: bytes, details: list, tensor) -> dict:   # layer -> array
-    "Every layer's output as floats; `tensor(number)` reads one. Conversions between floats and 8 bits have no counterpart in a float file and are left out."
+    """Every layer's output as floats; `tensor(number)` reads one. Left out are integers (counts, comparisons), and conversions between floats and 8 bits,
+    which have no counterpart in a float file."""
     at = {d['index']: d for d in details}
-    return {name: to_floats(np.array(tensor(t)), at[t]) for op, name, t in layers(content) if op not in ('QUANTIZE', 'DEQUANTIZE')}
+    found = {name: to_floats(np.array(tensor(t)), at[t]) for op, name, t in layers(content) if op not in ('QUANTIZE', 'DEQUANTIZE')}
+    return {name: y for name, y in found.items() if y.dtype.kind == 'f'}
 
 # %% ../../nbs/runtimes/litert.ipynb #0c02beb0
 class LiteRT(Runtime):

@@ -16,8 +16,8 @@ from .common import checked, reason, replacing
 # %% ../../nbs/runtimes/openvino.ipynb #895209ae
 def openvino():
     "The module openvino, which cannot report anything to anybody."
-    if sys.modules.setdefault('openvino_telemetry', None) is not None:   # somebody imported it before us
-        sys.modules['openvino_telemetry'].Telemetry.send_event = lambda *args, **kw: None
+    if (loaded := sys.modules.setdefault('openvino_telemetry', None)) is not None:   # somebody imported it before us
+        for method in [n for n in vars(loaded.Telemetry) if not n.startswith('_')]: setattr(loaded.Telemetry, method, lambda *args, **kw: None)
     import openvino
     return openvino
 
@@ -43,7 +43,7 @@ def named_by_module(path: Path) -> dict:   # operation -> where it is used: 'blo
     return where
 
 def convert(network: Network):
-    "The network as an OpenVINO model in 32-bit floats; inputs and outputs in the order of the network."
+    "The network as an OpenVINO model in 32-bit floats."
     from edgenb.runtimes.onnx import export_onnx
     ov = openvino()
     with tempfile.TemporaryDirectory() as scratch:
@@ -51,19 +51,18 @@ def convert(network: Network):
         where = named_by_module(path)
         try: model = ov.convert_model(path)
         except Exception as e: error = e
-        else: return _steady_names(model, network)
+        else: return _steady_names(model)
     ops = [op.rsplit('-', 1)[0] for found in re.findall(r'No conversion rule found for operations: (.+)', str(error)) for op in found.strip().split(', ')]
     places = '; '.join(f"{op} at {', '.join(where.get(op, ['an unknown place']))}" for op in ops)
-    if not ops: raise EdgenbError(f'openvino cannot hold this network ({reason(error)}): build it for another runtime, or replace what the message names') from error
-    raise EdgenbError(f'openvino cannot hold this network: it has no operation {places}: replace it, or compute it outside the network') from error
+    raise EdgenbError('openvino cannot hold this network' + (f': it has no operation {places}: replace it, or compute it outside the network' if ops else
+                      f' ({reason(error)}): build it for another runtime, or replace what the message names')) from error
 
-def _steady_names(model, network):
+def _steady_names(model):
     count = {}
     for node in model.get_ordered_ops():   # names OpenVINO makes up hold a counter of the process
         if re.fullmatch(rf'{node.get_type_name()}_\d+', node.get_friendly_name()):
             count[node.get_type_name()] = n = count.get(node.get_type_name(), 0) + 1
             node.set_friendly_name(f'{node.get_type_name()}.{n}')
-    for kind, names in (('inputs', network.inputs), ('outputs', network.outputs)): model.set_rt_info(','.join(names), ['edgenb', kind])
     return model
 
 # %% ../../nbs/runtimes/openvino.ipynb #d2e6b888
@@ -84,8 +83,10 @@ def quantize(model,               # from `convert`
             names = [p.get_any_name() for p in model.inputs]
             answers = openvino().Core().compile_model(model, 'CPU', _config(1, 'f32'))
             judged = [(x, answers([x[n] for n in names])[0]) for x in calibration]
-            return tool.quantize_with_accuracy_control(model, examples, tool.Dataset(judged, lambda pair: pair[0]), _agreement(names), max_drop=1 - agreement,
+            done = tool.quantize_with_accuracy_control(model, examples, tool.Dataset(judged, lambda pair: pair[0]), _agreement(names), max_drop=1 - agreement,
                                                        subset_size=len(calibration), model_type=kind, advanced_quantization_parameters=choice)
+            if any(node.get_type_name() == 'FakeQuantize' for node in done.get_ops()): return done
+            error = ValueError(f'no layer can be 8-bit with {agreement:.0%} agreement on the calibration examples')
         except Exception as e: error = e
     raise EdgenbError(f'NNCF cannot quantize this network ({reason(error)}): build fp32, or another runtime') from error
 
@@ -95,9 +96,9 @@ def _attends(model):
                any(i.get_node().get_type_name() == 'MatMul' for i in node.output(0).get_target_inputs()) for node in model.get_ops())
 
 def alike(y: np.ndarray, reference: np.ndarray) -> float:
-    "How far an answer to one example agrees with the reference, at most 1: the same first choice among two or more scores, else 1 minus the relative error."
+    "How far an answer to one example agrees with the reference, at most 1: the same first choice among two or more scores, else the share of the reference's square that is not error."
     if y.ndim == 2 and y.shape[1] > 1: return float(y.argmax() == reference.argmax())
-    return 1 - float(np.linalg.norm(y - reference)/max(np.linalg.norm(reference), 1e-12))
+    return 1 - float(((y - reference)**2).sum()/max((reference**2).sum(), 1e-12))
 
 def _agreement(names):
     def judge(compiled, pairs):
@@ -107,7 +108,8 @@ def _agreement(names):
 
 # %% ../../nbs/runtimes/openvino.ipynb #29121eaa
 def _config(num_threads, precision):
-    return {'INFERENCE_NUM_THREADS': num_threads, 'NUM_STREAMS': 1, 'INFERENCE_PRECISION_HINT': precision, 'PERFORMANCE_HINT': 'LATENCY', 'ENABLE_CPU_PINNING': False}
+    return {'INFERENCE_NUM_THREADS': num_threads, 'NUM_STREAMS': 1, 'PERFORMANCE_HINT': 'LATENCY', 'ENABLE_CPU_PINNING': False,
+            'INFERENCE_PRECISION_HINT': precision}
 
 def _read(path):
     "The model of an artifact, the names of its inputs and outputs, and the precision it computes in."
@@ -128,7 +130,7 @@ class OpenVINO(Runtime):
                 'fp16': Variant('fp16', '16-bit weights; computes in the 16-bit format the CPU has (bfloat16 or half), in 32 bits where it has none'),
                 'int8': Variant('int8', '8-bit weights and activations, ranges from the extremes of all examples', calibrated=True),
                 'int8-accuracy': Variant('int8', 'as int8, with layers left in floats until the answers to the calibration examples agree to 99 % with the float model '
-                                         '(same first choice; for outputs that are not scores, 1 minus the relative error)', calibrated=True, options={'agreement': 0.99}),
+                                         '(the first output: same first choice; where it is not scores, 99 % of its square without error)', calibrated=True, options={'agreement': 0.99}),
                 'int8-mean': Variant('int8', "NNCF's default ranges", calibrated=True, options={'ranges': 'default'},
                                      trap='ranges are the mean of the extremes: what is louder than usual is clipped, which blinds anomaly detectors')}
 

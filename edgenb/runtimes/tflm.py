@@ -42,10 +42,9 @@ def allocated(content: bytes, arena_kb: float, keep: bool = False):
     with native_output() as text:
         try: return micro.Interpreter.from_bytes(content, arena_size=int(1000*arena_kb), intrepreter_config=config)
         except RuntimeError: said = text()
-    lacks = re.search(r"Didn't find op for builtin opcode '(\w+)'|Node (\w+) \(number \d+\) failed to prepare", said)
-    hopeless = lacks and (lacks[1] or not re.search('llocate|resize', said))
-    if not hopeless and arena_kb < MOST_KB: return None
-    op = (lacks[1] or lacks[2]) if lacks else ''
+    lacks = re.search(r"Didn't find op for builtin opcode '(\w+)'", said) or arena_kb >= MOST_KB and re.search(r'Node (\w+) \(number \d+\) failed to prepare', said)
+    if not lacks and arena_kb < MOST_KB: return None
+    op = lacks[1] if lacks else ''
     where = ', '.join(name for kind, name, _ in layers(content) if kind == op)
     raise EdgenbError(f'TFLM has no kernel for {op} as this network uses it, at {where}: replace it, or compute it outside the network' if op else
                       f'TFLM cannot set this network up in {arena_kb/1000:.0f} MB ({reason(RuntimeError(said))})')
@@ -91,7 +90,8 @@ def _function(interpreter, content, path):
     outputs = details(signature.Outputs, signature.OutputsLength(), graph.OutputsAsNumpy(), interpreter.get_output_details)
     def call(x):
         for name, (k, detail) in inputs.items():
-            if x[name].shape != tuple(detail['shape']): raise EdgenbError(f"{path}: input {name} has shape {x[name].shape}, the file holds exactly {tuple(detail['shape'].tolist())}")
+            held = tuple(detail['shape'].tolist())
+            if x[name].shape != held: raise EdgenbError(f'{path}: input {name} has shape {x[name].shape}, the file holds exactly {held}')
             interpreter.set_input(to_integers(x[name], detail), k)
         interpreter.invoke()
         return {name: to_floats(interpreter.get_output(k), detail) for name, (k, detail) in outputs.items()}
