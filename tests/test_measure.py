@@ -28,7 +28,7 @@ class Actor(Runtime):
         if do.get('print'): os.write(1, b'{"a library": "prints"}' + bytes([10])); print('and Python too')
         if do.get('thread'): threading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()
         def call(x):
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             calls[0] += 1
             if calls[0] == do.get('at', 1):
                 if do.get('then') == 'crash': os.kill(os.getpid(), signal.SIGSEGV)
@@ -37,7 +37,7 @@ class Actor(Runtime):
                 if do.get('then') == 'raise': raise ValueError('no such operator: Foo')
                 if 'allocate_mb' in do: kept.append(np.ones(do['allocate_mb']*2**20, np.uint8))
             time.sleep(do.get('sleep', 0))
-            while time.perf_counter() < start + do.get('work', 0): pass
+            while time.process_time() < cpu + do.get('work', 0): pass
             value, = x.values()
             mean = value.reshape(len(value), -1).mean(1).astype(np.float32)
             note(event='call', start=start, end=time.perf_counter(), n=len(value))
@@ -131,8 +131,8 @@ def test_percentiles_are_those_of_linear_interpolation():
 
 def test_a_known_time_is_measured_and_the_ratio_of_two(actor, tmp_path):
     two, four = measure_all([actor('two', sleep=0.002, log=str(tmp_path/'log')), actor('four', sleep=0.004)], runs=40, warm_up=3)
-    assert 2.0 <= two['model_p50_ms'] < 3 and 4.0 <= four['model_p50_ms'] < 5.5
-    assert 1.6 < four['p50_ms']/two['p50_ms'] < 2.2
+    assert 2.0 <= two['model_p50_ms'] < 3.5 and 4.0 <= four['model_p50_ms'] < 6
+    assert 1.5 < four['p50_ms']/two['p50_ms'] < 2.4
     assert two['model_p50_ms'] <= two['p50_ms'] <= two['p95_ms'] <= two['p99_ms'] and two['spread'] >= 1
     assert two['cpu_ms'] < 1.0 and two['first_ms'] >= 2.0 and two['load_ms'] > 0
     seen = [(e['end'] - e['start'])*1e3 for e in events(tmp_path/'log') if e['event'] == 'call' and e['n'] == 1]
@@ -141,7 +141,7 @@ def test_a_known_time_is_measured_and_the_ratio_of_two(actor, tmp_path):
 
 def test_cpu_time_is_counted(actor):
     row, = measure_all([actor('busy', work=0.003)], runs=20, batches=())
-    assert row['cpu_ms'] == pytest.approx(3.0, abs=1.0)
+    assert row['cpu_ms'] == pytest.approx(3.0, abs=0.8)
 
 
 def test_peak_memory_is_a_candidates_own(actor):
@@ -289,7 +289,7 @@ def test_measured_energy_is_that_of_the_machine_while_it_decides(actor, monkeypa
     def ten_watts(): yield (lambda: time.perf_counter()*10), 'measured: ten watts'
     monkeypatch.setattr(edgenb.measure, 'energy_counter', ten_watts)
     row, = measure_all([actor('a', sleep=0.005)], runs=5, batches=(), power_w=(7, 15))
-    assert 50 <= row['energy_mj'] < 70 and row['idle_w'] == pytest.approx(10, rel=0.05) and row['energy_how'] == 'measured: ten watts'   # 10 W for 5 ms
+    assert 50 <= row['energy_mj'] < 90 and row['idle_w'] == pytest.approx(10, rel=0.05) and row['energy_how'] == 'measured: ten watts'   # 10 W for 5 ms
 
 
 def test_energy_without_a_counter_is_an_estimate_that_says_so_or_unknown(actor, monkeypatch):
@@ -473,13 +473,18 @@ def test_a_login_script_that_prints_does_no_harm(device, client, tmp_path, image
     assert quickly(verify_bundle, make_bundle(tmp_path/'bundle'), [images], device[0], str(chatty))['rows'][0]['runs'] == 4
 
 
+def test_a_bundle_that_only_the_device_can_run_is_measured_there_and_compared_with_nothing(device, client, tmp_path, images, monkeypatch, package, python_path):
+    monkeypatch.setenv('PYTHONPATH', python_path.replace(str(package), str(tmp_path)))
+    found = quickly(verify_bundle, make_bundle(tmp_path/'bundle'), [images], device[0], sys.executable)
+    assert 'there is no runtime actor' in found['agreement']['why'] and len(found['answers']['score']) == 9
+
+
 def test_an_image_that_cannot_be_read_on_the_device_is_named(device, client, tmp_path):
     (tmp_path/'broken.png').write_bytes(b'not an image')
     refused(lambda: verify_bundle(make_bundle(tmp_path/'bundle'), [tmp_path/'broken.png'], device[0], sys.executable), 'is not an image')
 
 
-def test_the_command_verifies_on_a_device(device, client, tmp_path, images, capsys, package, monkeypatch):
-    monkeypatch.syspath_prepend(package)      # this machine can run it too
+def test_the_command_verifies_on_a_device(device, client, tmp_path, images, capsys):
     bundle = str(make_bundle(tmp_path/'bundle'))
     common = ['verify', bundle, '--images', str(images), '--on', device[0], '--python', sys.executable, '--runs', '5']
     assert main(common) == 0
