@@ -132,6 +132,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'edgenb.measure.Process._stop': ('measure.html#process._stop', 'edgenb/measure.py'),
                                 'edgenb.measure.Process.ask': ('measure.html#process.ask', 'edgenb/measure.py'),
                                 'edgenb.measure.Process.close': ('measure.html#process.close', 'edgenb/measure.py'),
+                                'edgenb.measure.Process.signal': ('measure.html#process.signal', 'edgenb/measure.py'),
                                 'edgenb.measure.Sampled': ('measure.html#sampled', 'edgenb/measure.py'),
                                 'edgenb.measure.Sampled.__call__': ('measure.html#sampled.__call__', 'edgenb/measure.py'),
                                 'edgenb.measure.Sampled.__init__': ('measure.html#sampled.__init__', 'edgenb/measure.py'),

@@ -156,7 +156,6 @@ class Subject:
         if not Path(file).exists(): raise EdgenbError(f'{file} does not exist')
         self.model = self.runtime.load(Path(file), num_threads)
         self.load_ms = (time.perf_counter() - start)*1e3
-        self.left = None   # (wall, CPU) time at the end of the last block
 
     def raw(self, n):
         "What a decision starts from: a file's bytes, or one example's arrays."
@@ -188,15 +187,13 @@ class Worker(Subject):
     def first(self): return {'load_ms': self.load_ms, 'first_ms': self.decide(self.held[0])[1]*1e3, 'any_batch': self.runtime.any_batch}
 
     def block(self, n):
-        "Time `n` decisions; also the CPU time of one, and the share of a core used since the last block."
-        wall, cpu = time.perf_counter(), time.process_time()
-        waited = wall - self.left[0] if self.left else 0.0
-        idle = (cpu - self.left[1])/waited if waited > 0.005 else 0.0   # shorter waits are the protocol's own work
-        timed = [self.decide(self.next())[1:] for _ in range(n + 1)]
-        self.left = time.perf_counter(), time.process_time()
-        return {'whole': [t[0] for t in timed[1:]], 'alone': [t[1] for t in timed[1:]], 'cpu_s': (self.left[1] - cpu)/(n + 1), 'idle': idle}
+        "Seconds of `n` decisions, as a whole and of the model alone, and the CPU time of one, all threads together."
+        self.decide(self.next())
+        cpu = time.process_time()
+        timed = [self.decide(self.next())[1:] for _ in range(n)]
+        return {'whole': [t[0] for t in timed], 'alone': [t[1] for t in timed], 'cpu_s': (time.process_time() - cpu)/n}
 
-    def batch(self, size, repeats=5):
+    def batch(self, size, repeats=9):
         "Median milliseconds of the model for an example, when `size` examples go in at once."
         rows = [self.before(self.held[i % len(self.held)]) for i in range(size)]
         x = {k: np.concatenate([r[k] for r in rows]) for k in rows[0]} if isinstance(rows[0], dict) else np.concatenate(rows)
@@ -254,7 +251,8 @@ class Process:
         self.listener.start()
 
     def ask(self, do: str, timeout_s: float, **request) -> dict:
-        "The reply; `Gone` if there is none."
+        "The reply; `Gone` if there is none. The process runs only meanwhile."
+        self.signal(signal.SIGCONT)
         with contextlib.suppress(OSError): self.process.stdin.write(json.dumps({'do': do} | request) + '\n'); self.process.stdin.flush()
         end, line = time.monotonic() + timeout_s, None
         while line is None:
@@ -266,7 +264,12 @@ class Process:
         reply = json.loads(line)
         self._check(reply['peak_mb'])
         if 'error' in reply: self._stop(reply['error'])
+        self.signal(signal.SIGSTOP)
+        if hasattr(os, 'waitid'): os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)   # until all its threads have stopped
         return reply
+
+    def signal(self, number):
+        with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(self.process.pid, number)
 
     def _check(self, peak_mb):
         if self.memory_mb and peak_mb > self.memory_mb: self._stop(f'needed more than {self.memory_mb:g} MB of memory (emulated limit)')
@@ -284,7 +287,7 @@ class Process:
         raise Gone(why)
 
     def close(self):
-        with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(self.process.pid, signal.SIGKILL)
+        self.signal(signal.SIGKILL)
         self.process.wait()
         self.listener.join()
         with contextlib.suppress(OSError): self.process.stdin.close()
@@ -333,8 +336,7 @@ class Measured:
                'batch_ms': None, 'batch_why': self.batch_why, 'energy_how': '', 'answers': self.answers, **common}
         if self.error: return row
         seconds = {k: [s*slow for b in self.blocks for s in b[k]] for k in ('whole', 'alone')}
-        medians, idle = [np.median(b['whole']) for b in self.blocks], np.mean([b['idle'] for b in self.blocks])
-        if idle > 0.05: row['busy'] = '; '.join(filter(None, [row['busy'], f'works outside its turn, on {idle:.1f} cores']))
+        medians = [np.median(b['whole']) for b in self.blocks]
         cpu_ms = float(np.mean([b['cpu_s'] for b in self.blocks]))*1e3*slow
         energy = self.energy or (*energy_estimate(cpu_ms, power_w, os.cpu_count(), why), None)
         return row | percentiles(seconds['whole']) | percentiles(seconds['alone'], 'model_') | dict(zip(('energy_mj', 'energy_how', 'idle_w'), energy)) | {

@@ -25,6 +25,10 @@ class Actor(Runtime):
             if 'log' in do:
                 with open(do['log'], 'a') as f: f.write(json.dumps(what | {'pid': os.getpid(), 'who': path.stem}) + chr(10))
         note(event='load')
+        def states():
+            "Of the other candidates' processes."
+            pids = {json.loads(line)['pid'] for line in open(do['log'])} - {os.getpid()}
+            return [open(f'/proc/{p}/stat').read().split(') ')[1][0] for p in pids if os.path.exists(f'/proc/{p}/stat')]
         if do.get('print'): os.write(1, b'{"a library": "prints"}' + bytes([10])); print('and Python too')
         if do.get('thread'): threading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()
         def call(x):
@@ -40,7 +44,7 @@ class Actor(Runtime):
             while time.process_time() < cpu + do.get('work', 0): pass
             value, = x.values()
             mean = value.reshape(len(value), -1).mean(1).astype(np.float32)
-            note(event='call', start=start, end=time.perf_counter(), n=len(value))
+            note(event='call', start=start, end=time.perf_counter(), n=len(value), others=states() if 'log' in do else [])
             cores = np.full(len(value), len(os.sched_getaffinity(0)))
             return {'logits': np.stack([mean, -mean], 1), 'cores': cores}
         return one_at_a_time(call, ('image',), cls.any_batch)
@@ -162,9 +166,12 @@ def test_answers_are_those_of_every_input_and_a_library_may_print(actor, tmp_pat
     assert np.array_equal(answers['logits'][:, 0], images.reshape(7, -1).mean(1).astype(np.float32))
 
 
-def test_a_candidate_that_works_outside_its_turn_is_named(actor):
-    quiet, spinning = measure_all([actor('quiet', sleep=0.002), actor('spinning', thread=True)], runs=20, batches=())
-    assert 'works outside its turn' in spinning['busy'] and 'outside' not in quiet['busy']
+def test_who_has_no_turn_is_stopped_even_if_its_threads_go_on(actor, tmp_path):
+    log = str(tmp_path/'log')
+    rows = measure_all([actor('quiet', log=log), actor('spinning', log=log, thread=True), actor('third', log=log)], runs=10, block=5, batches=(2,))
+    assert not any(r['error'] for r in rows)
+    others = [e['others'] for e in events(log) if e['event'] == 'call']
+    assert len(others[-1]) == 2 and {state for o in others for state in o} == {'T'}
 
 
 def test_a_busy_machine_is_said(actor, monkeypatch):
