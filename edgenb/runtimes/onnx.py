@@ -44,6 +44,7 @@ def export_onnx(network: Network, path: Path) -> Path:
             raise EdgenbError(f'compile: torch cannot export this network to ONNX ({reason}): replace the operation it names, or choose another network') from e
         given = {*network.inputs, *network.outputs}
         for node in program.model.graph:
+            for noise in ('pkg.torch.onnx.stack_trace', 'pkg.torch.onnx.fx_node', 'namespace'): node.metadata_props.pop(noise, None)   # paths of this machine among them
             for value in node.outputs:
                 if value.name in given and not value.is_graph_output(): value.name += '_inside'   # the exporter names layers by their operation, e.g. 'embedding'
         temporary = Path(path).with_suffix('.tmp')
@@ -273,6 +274,12 @@ class OnnxRuntime(Runtime):
             session = _session(Path(scratch)/'traced.onnx', 1, optimise=False)
             found = dict(zip((o.name for o in session.get_outputs()), session.run(None, example)))
         return {o: found[r] for o, r in layers.items() if r in found}
+
+    @classmethod
+    def where(cls, path):
+        import ast, onnx
+        scopes = lambda n: next((ast.literal_eval(p.value) for p in n.metadata_props if p.key == 'pkg.torch.onnx.name_scopes'), [])
+        return {o: f"{n.op_type} in {'.'.join(scopes(n)[:-1]).strip('.') or 'the network itself'}" for n in onnx.load(str(path)).graph.node for o in n.output}
 
 def _session(path, num_threads, optimise=True):
     import onnxruntime
