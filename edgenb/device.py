@@ -179,7 +179,7 @@ def sustained_share(device: Device, ambient_c: float,
                     rated_c: float = 25.0   # assumed: the hottest air in which its cooling still carries the full power
                    ) -> float | None:       # of its speed; None: not known
     "What remains of a device's speed in hot air, by linear derating."
-    within('sustained_share', -60, 150, ambient_c=ambient_c, rated_c=rated_c)
+    within('fit', -60, 150, ambient_c=ambient_c, rated_c=rated_c)
     if ambient_c <= rated_c: return 1.0
     if device.throttle_c is None or device.throttle_c <= rated_c: return None
     return max(0.0, (device.throttle_c - ambient_c)/(device.throttle_c - rated_c))
@@ -245,31 +245,29 @@ def _measurement(rows, device: Device, precision: str) -> dict | None:
     for r in there: within('measurement', 0, None, **{k: r[k] for k in ('p50_ms', 'rss_mb') if k in r})
     return min([r for r in there if r.get('verdict') != 'fail'] or there, key=lambda r: r.get('model_p50_ms', r['p50_ms']), default=None)
 
-def _serving(device: Device, precision: str, language_model: bool) -> tuple:
-    "Runtimes of the device that build a precision; a runtime that is not installed here is taken at the table's word."
-    from edgenb.runtime import runtimes
-    known = runtimes()
+def _serving(device: Device, precision: str, language_model: bool, known: dict) -> tuple:
+    "Runtimes of the device that build a precision; one that is not among the `known` is taken at the table's word."
     def builds(name): return name not in known or precision in ({v.precision for v in known[name].variants.values()} or {'fp32'})
     return tuple(n for n in device.runtimes if builds(n) and (language_model or n != 'gguf'))
 
 # %% ../nbs/12_device.ipynb #200d5e88
-def _fit_row(m: ModelSize, device: Device, precision: str, measurements, share: float | None) -> FitRow:
+def _fit_row(m: ModelSize, device: Device, precision: str, measurements, share: float | None, known: dict) -> FitRow:
     weights = m.parameters*(m.bytes_per_weight if m.bytes_per_weight and precision == _precision_of(m) else PRECISIONS[precision])/2**20
     kv = kv_cache_mb(m.layers, m.kv_heads, m.head_dim, m.context, m.kv_bytes)
     activations = None if m.activations_mb is None else m.activations_mb*ACTIVATIONS[precision]/4
     engine = 0.0 if device.tier == 'microcontroller' or device.compiler else RUNTIME_MB   # on an accelerator card it lives in the host
     needed, needed_is = weights + kv + (activations or 0) + engine, 'estimate'
-    latency, binds = roofline(m.macs, weights + kv + (activations or 0), device, precision)
+    runs = (not device.precisions or precision in device.precisions) and (device.language_models or not m.language_model)
+    latency, binds = roofline(m.macs, weights + kv + (activations or 0), device, precision) if runs else (None, 'does not run')
     latency_is = 'not known' if latency is None else 'estimate'
     if found := _measurement(measurements, device, precision):
         latency, latency_is, binds = found.get('model_p50_ms', found['p50_ms']), 'measured', f"p50 of {found.get('artifact', 'an artifact')}"
         if 'rss_mb' in found: needed, needed_is = found['rss_mb'], 'measured'
     fits, headroom = _room(device, weights, kv + (activations or 0), needed)
     if fits and activations is None and device.tier == 'microcontroller': fits = None
-    runs = (not device.precisions or precision in device.precisions) and (device.language_models or not m.language_model)
     row = FitRow(precision, runs, fits if runs else False, needed, needed_is, weights, kv, activations, engine, headroom, latency, latency_is, binds,
                  1e3/latency if m.language_model and latency else None, latency*device.power_w[-1] if latency is not None and device.power_w else None,
-                 latency/share if latency is not None and share else None, _serving(device, precision, m.language_model) if runs else (), '')
+                 latency/share if latency is not None and share else None, _serving(device, precision, m.language_model, known) if runs else (), '')
     return replace(row, reason=_reason(row, m, device))
 
 def _reason(r: FitRow, m: ModelSize, device: Device) -> str:
@@ -296,13 +294,14 @@ def fit(model,                    # `ModelSize`, or a dict of its fields: {'para
         rated_c: float = 25.0     # see `sustained_share`
        ) -> Fit:
     "Does a model fit a device, at which precision, how fast, for how much energy?"
+    from edgenb.runtime import runtimes
     m, share, warnings = model_size(model), sustained_share(device, ambient_c, rated_c), []
     if device.temperature_c and not device.temperature_c[0] <= ambient_c <= device.temperature_c[1]:
         warnings.append(f'{ambient_c:g} C is outside the {device.temperature_c[0]:g} to {device.temperature_c[1]:g} C that {device.name} is made for')
     if share is None: warnings.append(f'what {device.name} sustains at {ambient_c:g} C is not known: no throttling point is documented')
     if share == 0: warnings.append(f'at {ambient_c:g} C nothing is left of the speed of {device.name}, by linear derating')
-    rows = tuple(_fit_row(m, device, p, measurements, share) for p in PRECISIONS)
-    one = _precision_of(m)
+    known, one = runtimes() if device.runtimes else {}, _precision_of(m)
+    rows = tuple(_fit_row(m, device, p, measurements, share, known) for p in PRECISIONS)
     able = [r for r in rows if r.runs and (r.runtimes or device.compiler)] or [r for r in rows if r.runs] or list(rows)
     best = next((r for r in rows if r.precision == one), None) or next((r for r in able if r.fits), None) or next((r for r in able if r.fits is None), None) or min(able, key=lambda r: r.needed_mb)
     return Fit(best.fits, best.needed_mb, best.headroom_mb, best.reason, device.name, best.precision, rows, ambient_c, share, tuple(warnings))
@@ -311,7 +310,7 @@ def fit(model,                    # `ModelSize`, or a dict of its fields: {'para
 def _cells(f: Fit, r: FitRow, language_model: bool) -> list:
     def number(v, form=''): return '' if v is None else format(v, form) if form else f'{v:,.0f}' if abs(v) >= 100 else f'{v:.3g}'
     fits = {True: 'yes', False: 'no', None: 'not known'}[r.fits]
-    latency = f"{number(r.latency_ms)} ms {r.latency_is}" if r.latency_ms is not None else 'not known'
+    latency = f"{number(r.latency_ms)} ms {r.latency_is}" if r.latency_ms is not None else 'not known' if r.runs else ''
     cells = [f.device, fits, r.precision, number(r.needed_mb), number(r.headroom_mb), latency, r.binds]
     if language_model: cells.append(number(r.tokens_s, '.3g'))
     cells.append('' if r.energy_mj is None else f'{number(r.energy_mj)} mJ estimate')
