@@ -276,8 +276,8 @@ def _reason(r: FitRow, m: ModelSize, device: Device) -> str:
     if not r.runs: return f"{device.name} does not compute in {r.precision}, only in {', '.join(device.precisions)}"
     if device.tier == 'microcontroller' and r.fits is not None:
         flash, memory = min((l for l in (device.flash_mb, device.model_mb) if l is not None), default=None), device.memory_mb
-        def of(need, there): return f"{need:.3g} MB of {'unknown' if there is None else f'{there:.3g} MB'}"
-        return f'{r.needed_is}: weights {of(r.weights_mb, flash)}, activations {of(r.kv_mb + (r.activations_mb or 0), memory)} on {device.name}'
+        def mb(v): return 'not known' if v is None else f'{v:.3g} MB'
+        return f'{r.needed_is}: weights {mb(r.weights_mb)} of {mb(flash)}, activations {mb(r.activations_mb)} of {mb(memory)} on {device.name}'
     if r.fits is None: return f'memory of {device.name} is not known' if device.memory_mb is None else f'the weights fit {device.name}; how much memory the activations need is not known'
     return f'{r.needed_is}: {r.needed_mb:.1f} MB of {device.memory_mb:.0f} MB on {device.name}'
 
