@@ -277,7 +277,7 @@ def _reason(r: FitRow, m: ModelSize, device: Device) -> str:
     if device.tier == 'microcontroller' and r.fits is not None:
         flash, memory = min((l for l in (device.flash_mb, device.model_mb) if l is not None), default=None), device.memory_mb
         def mb(v): return 'not known' if v is None else f'{v:.3g} MB'
-        return f'{r.needed_is}: weights {mb(r.weights_mb)} of {mb(flash)}, activations {mb(r.activations_mb)} of {mb(memory)} on {device.name}'
+        return f'{r.needed_is} for {device.name}: weights {mb(r.weights_mb)}, limit {mb(flash)}; activations {mb(r.activations_mb)}, limit {mb(memory)}'
     if r.fits is None: return f'memory of {device.name} is not known' if device.memory_mb is None else f'the weights fit {device.name}; how much memory the activations need is not known'
     return f'{r.needed_is}: {r.needed_mb:.1f} MB of {device.memory_mb:.0f} MB on {device.name}'
 
