@@ -76,7 +76,7 @@ def command_fit(args):
               *([f'activations {size.activations_mb:.3g} MB'] if size.activations_mb is not None else [])]
     print(f"{size.name}: {', '.join(counts)}" + (f' ({size.note})' if size.note else ''))
     print(fit_table(fits, precisions=bool(args.device)))
-    print('estimate: the least time that arithmetic and bandwidth allow, no engine is faster; measured: on that device. Energy: at the upper end of its power. MB are 2^20 bytes; the operating system is not counted')
+    print('estimate: the least time that arithmetic and bandwidth allow (not so where another precision is named as its peak); measured: on that device. Energy: at the upper end of its power. MB are 2^20 bytes; the operating system is not counted')
     if args.device: print(fit_details(fits[0], there[0]))
 
 def command_weights(args):

@@ -157,22 +157,23 @@ def model_size(model) -> ModelSize:
 # %% ../nbs/12_device.ipynb #19ff9a61
 _PEAKS = {'fp32': ('fp32_gflops',), 'fp16': ('fp16_gflops', 'fp32_gflops'), 'int8': ('int8_tops', 'fp16_gflops', 'fp32_gflops'), 'int4': ('fp16_gflops', 'fp32_gflops')}
 
-def peak(device: Device, precision: str) -> float | None:
-    "Operations a second at a precision, at best."
-    known = [getattr(device, f)*(1e12 if f.endswith('tops') else 1e9) for f in _PEAKS[precision] if getattr(device, f) is not None]
-    return known[0] if known else None
+def peak(device: Device, precision: str) -> tuple:   # (operations a second or None, the precision it is stated for)
+    "Arithmetic at a precision, at best; of the next wider one where that is all that is stated."
+    figure = next((f for f in _PEAKS[precision] if getattr(device, f) is not None), None)
+    return (getattr(device, figure)*(1e12 if figure.endswith('tops') else 1e9), figure.split('_')[0]) if figure else (None, '')
 
 def roofline(macs: float | None,      # of one inference
              moved_mb: float,         # bytes that cross the memory, MiB
              device: Device, precision: str) -> tuple:   # (milliseconds or None, what binds)
-    "The least time one inference can take."
-    speed = peak(device, precision)
+    "The least time one inference can take; no bound where it says that it used another precision's peak."
+    speed, stated = peak(device, precision)
+    by = 'compute' if stated == _PEAKS[precision][0].split('_')[0] else f'compute (at its {stated} peak)'
     compute = 2*macs/speed*1e3 if macs and speed else None
     memory = moved_mb*2**20/(device.bandwidth_gb_s*1e9)*1e3 if device.bandwidth_gb_s else None
     if compute is None and memory is None: return None, 'not known'
-    if memory is None: return compute, 'compute (bandwidth not known)'
+    if memory is None: return compute, f'{by} (bandwidth not known)'
     if compute is None: return memory, f"bandwidth ({'operations' if not macs else 'compute'} not known)"
-    return (compute, 'compute') if compute >= memory else (memory, 'bandwidth')
+    return (compute, by) if compute >= memory else (memory, 'bandwidth')
 
 # %% ../nbs/12_device.ipynb #346d408d
 def sustained_share(device: Device, ambient_c: float,

@@ -50,7 +50,7 @@ def test_figures_of_a_device_are_consistent(name):
     d = device(name)
     for low, high in (pair for pair in (d.power_w, d.price_usd, d.temperature_c, (d.memory_mb, d.memory_max_mb)) if pair):
         assert None in (low, high) or low <= high
-    peaks = [peak(d, p) for p in ('fp32', 'fp16', 'int8') if peak(d, p)]
+    peaks = [speed for p in ('fp32', 'fp16', 'int8') if (speed := peak(d, p)[0])]
     assert peaks == sorted(peaks), 'narrower numbers are never computed with more slowly'
     assert d.tier != 'microcontroller' or d.model_mb
 
@@ -129,6 +129,7 @@ def test_the_roofline_is_the_larger_of_arithmetic_and_bandwidth():
 def test_a_side_of_the_roofline_that_is_not_known_is_said():
     assert roofline(1e9, 1, Device('x', 'x', 'server'), 'int8') == (None, 'not known')
     assert 'bandwidth not known' in roofline(1e9, 1, device('hailo-8'), 'int8')[1]
+    assert roofline(1e9, 0, device('raspberry-pi-5'), 'int8')[1] == 'compute' and roofline(1e9, 0, device('jetson-orin-nano'), 'fp16')[1] == 'compute (at its fp32 peak)'
     assert 'operations not known' in roofline(None, 1, device('l4'), 'int8')[1]
     assert fit({'parameters': 1e6}, Device('x', 'x', 'server', memory_mb=100)).row.latency_is == 'not known'
 
