@@ -396,7 +396,7 @@ def measure(runtime: str,                  # by name
             pipeline: str | Path | None,   # pipeline.json
             images: list,                  # paths of image files, taken in turn
             runs: int = 200, warm_up: int = 20, num_threads: int = 1) -> dict:
-    "`measure_all` for one artifact, without the batch curve; `EdgenbError` if it fails."
+    "The figures of one artifact, without the batch curve; `EdgenbError` if it fails."
     row, = measure_all([{'artifact': Path(file).name, 'runtime': runtime, 'file': file, 'pipeline': pipeline, 'inputs': images}], runs, warm_up, num_threads, batches=())
     if row['error']: raise EdgenbError(f"measuring {Path(file).name} failed: {row['error']}")
-    return row
+    return {k: v for k, v in row.items() if k not in ('artifact', 'runtime', 'error', 'answers')}

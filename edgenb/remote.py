@@ -166,6 +166,7 @@ def verify_bundle(path: str | Path,        # of a bundle, or of a run that shipp
     path = Path(path)
     run = Run(path) if not (path/'manifest.json').exists() and any(path.glob('[0-9][0-9]-*.json')) else None
     bundle = bundle_of(run) if run else path
+    check_bundle(bundle)
     if run and not images:
         from edgenb.data import examples_of
         files = [e.path for e in examples_of(run, 'test')]

@@ -502,3 +502,15 @@ def test_the_command_verifies_on_a_device(device, client, tmp_path, images, caps
     assert found['rows'][0]['emulated'].startswith('2.0x slower') and len(found['answers']['score']) == 9
     assert main([*common[:4], '--on', 'ssh://nobody@-x']) == 2 and main(['verify', bundle, '--images', str(tmp_path/'none')]) == 2
     assert 'is not the address of a device' in (err := capsys.readouterr().err) and 'none does not exist' in err
+    assert main(['verify', str(tmp_path)]) == 2 and 'is not a bundle' in capsys.readouterr().err
+
+
+def test_a_run_is_judged_on_the_device_by_its_own_test_set(toy_run, device, client, capsys, monkeypatch):
+    run = str(toy_run.path)
+    assert main(['verify', run, '--on', device[0], '--python', sys.executable, '--runs', '10', '--json']) == 0
+    found = json.loads(capsys.readouterr().out)
+    known = next(r for r in toy_run.card('verify').result['rows'] if r['artifact'] == found['rows'][0]['artifact'])
+    assert found['parity']['verdict'] in ('pass', 'undecided') and found['parity']['value'] == pytest.approx(known['value']) and len(found['images']) == len(found['answers']['score'])
+    monkeypatch.setattr('edgenb.remote.remote_measure', lambda *a, **kw: found | {'answers': {'score': 1 - np.array(found['answers']['score']), 'label': 1 - np.array(found['answers']['label'])}})
+    worse = verify_bundle(run, on=device[0])['parity']      # a device that decides everything the other way round
+    assert worse['verdict'] == 'fail' and worse['flipped'] == len(found['images'])
