@@ -9,10 +9,10 @@ __all__ = ['Torch', 'image_network', 'image_judge', 'compile', 'tried_table']
 import json, shutil
 from pathlib import Path
 import numpy as np
-from .core import EdgenbError, did_you_mean, progress, room, within
+from .core import EdgenbError, progress, room, within
 from .pipeline import Pipeline
-from .runtime import Network, Runtime, Variant, runtime, runtimes as all_runtimes
-from .runtimes import onnx   # importing a module of edgenb.runtimes registers it
+from .runtime import Network, Runtime, runtime, runtimes as all_runtimes
+from .runtimes import coreml, executorch, litert, onnx, openvino, optimum, tensorrt, tflm   # importing a module of edgenb.runtimes registers it
 
 # %% ../nbs/04_compile.ipynb #478afbe6
 class Torch(Runtime):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from ..core import EdgenbError
 from ..runtime import Network, Runtime, Variant, one_at_a_time
+from .common import checked
 
 # %% ../../nbs/runtimes/onnx.ipynb #c9943691
 OPSET = 18
@@ -221,6 +222,7 @@ class OnnxRuntime(Runtime):
 
     @classmethod
     def build(cls, network, variant, calibration, path, keep=(), only=()):
+        checked(cls, network, variant, calibration)
         with tempfile.TemporaryDirectory(dir=Path(path).parent) as scratch:
             fp32 = export_onnx(network, Path(scratch)/'fp32.onnx')
             return cls.derive(fp32, variant, calibration, path, keep, only)
@@ -232,7 +234,6 @@ class OnnxRuntime(Runtime):
         options = dict(v.options)
         if variant == 'fp32': Path(path).write_bytes(Path(fp32).read_bytes()); return Path(path)
         if variant == 'fp16': return half(fp32, path) or Path(path)
-        if v.calibrated and len(calibration) < 8: raise EdgenbError(f'onnxruntime {variant}: {len(calibration)} calibration example{"s" if len(calibration) != 1 else ""} cannot set the ranges, 8 are needed: pass more')
         with tempfile.TemporaryDirectory(dir=Path(path).parent) as scratch:
             if 'prepared' not in kept: kept['prepared'] = ready(fp32, Path(scratch)/'ready.onnx').read_bytes()
             prepared = Path(scratch)/'prepared.onnx'
