@@ -205,7 +205,8 @@ class FitRow:
     latency_is: str               # 'estimate', 'measured' or 'not known'
     binds: str                    # which side of the roofline; for a measurement what was measured
     tokens_s: float | None        # of a language model
-    energy_mj: float | None       # power x latency, at the upper end of the power envelope; an estimate even for a measured latency
+    energy_mj: float | None       # an estimate is power x latency, at the upper end of the power envelope, also where the latency is measured
+    energy_is: str                # 'estimate', 'measured' or 'not known'
     sustained_ms: float | None    # latency when throttled, an estimate
     runtimes: tuple               # that serve it there
     reason: str
@@ -238,6 +239,7 @@ def _room(device: Device, weights_mb: float, other_mb: float, total_mb: float) -
 
 def _measured_on(row: dict) -> str:
     "Name of the device a measurement was taken on: `verify` measures on this machine, whatever device it judges for."
+    if row.get('emulated'): return ''   # a machine that does not exist
     return row.get('measured_on') or ('local' if 'verdict' in row else row.get('device', 'local'))
 
 def _measurement(rows, device: Device, precision: str) -> dict | None:
@@ -264,10 +266,13 @@ def _fit_row(m: ModelSize, device: Device, precision: str, measurements, share: 
     if found := _measurement(measurements, device, precision):
         latency, latency_is, binds = found.get('model_p50_ms', found['p50_ms']), 'measured', f"p50 of {found.get('artifact', 'an artifact')}"
         if 'rss_mb' in found: needed, needed_is = found['rss_mb'], 'measured'
+    energy = latency*device.power_w[-1] if latency is not None and device.power_w else None
+    energy_is = 'not known' if energy is None else 'estimate'
+    if found and str(found.get('energy_how', '')).startswith('measured') and found.get('energy_mj') is not None: energy, energy_is = found['energy_mj'], 'measured'
     fits, headroom = _room(device, weights, kv + (activations or 0), needed)
     if fits and activations is None and device.tier == 'microcontroller': fits = None
     row = FitRow(precision, runs, fits if runs else False, needed, needed_is, weights, kv, activations, engine, headroom, latency, latency_is, binds,
-                 1e3/latency if m.language_model and latency else None, latency*device.power_w[-1] if latency is not None and device.power_w else None,
+                 1e3/latency if m.language_model and latency else None, energy, energy_is,
                  latency/share if latency is not None and share else None, _serving(device, precision, m.language_model, known) if runs else (), '')
     return replace(row, reason=_reason(row, m, device))
 
@@ -314,7 +319,7 @@ def _cells(f: Fit, r: FitRow, language_model: bool) -> list:
     latency = f"{number(r.latency_ms)} ms {r.latency_is}" if r.latency_ms is not None else 'not known' if r.runs else ''
     cells = [f.device, fits, r.precision, number(r.needed_mb), number(r.headroom_mb), latency, r.binds]
     if language_model: cells.append(number(r.tokens_s, '.3g'))
-    cells.append('' if r.energy_mj is None else f'{number(r.energy_mj)} mJ estimate')
+    cells.append('' if r.energy_mj is None else f'{number(r.energy_mj)} mJ {r.energy_is}')
     if f.ambient_c != 25.0: cells.append('not known' if r.sustained_ms is None else f'{number(r.sustained_ms)} ms estimate')
     return cells + [', '.join(r.runtimes) or '-']
 

@@ -172,6 +172,9 @@ def test_measured_beats_estimated_on_the_device_where_it_was_measured():
     assert here['fp32'].latency_is != 'measured'   # the reference never ships
     judged = [r | {'device': 'jetson-orin-nano', 'verdict': 'not run here'} for r in rows]   # judged for the board, measured here
     assert all(r.latency_is == 'estimate' for r in fit(SMALL, device('jetson-orin-nano'), measurements=judged).rows)
+    assert not any(r.latency_is == 'measured' for r in fit(SMALL, device('local'), measurements=[r | {'emulated': 'twice as slow'} for r in rows]).rows)
+    counted = rows + [rows[-1] | {'artifact': 'counted', 'model_p50_ms': 2.0, 'energy_mj': 7.0, 'energy_how': 'measured: RAPL package'}]
+    assert (by_precision(fit(SMALL, device('local'), measurements=counted))['int8'].energy_mj, here['int8'].energy_is) == (7.0, 'not known')
     there = [{'precision': 'int8', 'device': 'jetson-orin-nano', 'p50_ms': 1.5}]
     assert by_precision(fit(SMALL, device('jetson-orin-nano'), measurements=there))['int8'].latency_ms == 1.5
 
