@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from .core import EdgenbError, progress, room, within
 from .pipeline import Pipeline
-from .runtime import Network, Runtime, runtime, runtimes as all_runtimes
+from .runtime import LIBRARIES, Network, Runtime, runtime, runtimes as all_runtimes
 from .runtimes import coreml, executorch, litert, onnx, openvino, optimum, tensorrt, tflm   # importing a module of edgenb.runtimes registers it
 
 # %% ../nbs/04_compile.ipynb #478afbe6
@@ -59,8 +59,7 @@ def image_judge(reference,          # callable from a batch of inputs to {'logit
     return judge
 
 # %% ../nbs/04_compile.ipynb #9342974f
-@room(4, needs=('data', 'tune', 'squeeze'), libraries=('torch', 'transformers', 'numpy', 'pillow', 'onnx', 'onnx-ir', 'onnxscript', 'onnxruntime', 'openvino', 'nncf', 'litert-torch', 'ai-edge-litert',
-                                                       'ai-edge-quantizer', 'executorch', 'torchao', 'coremltools', 'tflite-micro', 'tensorrt', 'optimum-onnx'))
+@room(4, needs=('data', 'tune', 'squeeze'), libraries=LIBRARIES)
 def compile(run,
             runtimes: list = ['onnxruntime'],   # names
             metric: str = 'accuracy',           # the task metric that must hold, on validation images
