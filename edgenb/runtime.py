@@ -70,6 +70,11 @@ class Runtime:
         "Every layer's output for one example, {name: array} in the order of execution; {} where the engine does not show them."
         return {}
 
+    @classmethod
+    def where(cls, path: Path) -> dict:
+        "What each layer of `trace` is in the network, {name: operation and module}; {} where the artifact does not say."
+        return {}
+
 def _present(module: str) -> bool:
     try: return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError): return False
