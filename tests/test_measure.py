@@ -194,7 +194,7 @@ def test_candidates_that_fail_leave_a_row_and_the_others_go_on(actor, tmp_path):
                   actor('unknown', 'acter'), actor('inputless') | {'inputs': tmp_path/'none.npz'}, actor('last')]
     rows = {r['artifact']: r for r in measure_all(candidates, runs=10, block=2, warm_up=2, timeout_s=3)}
     said = {'crash': 'SIGSEGV', 'crash later': 'SIGSEGV', 'exit': 'exit code 3: out of luck', 'hang': 'no answer within 3 s', 'raise': 'no such operator: Foo',
-            'gone': 'not there.actor does not exist', 'unknown': 'Did you mean actor?', 'inputless': 'none.npz does not exist'}
+            'gone': 'not there.actor does not exist', 'unknown': 'Did you mean actor', 'inputless': 'none.npz does not exist'}
     for name, words in said.items(): assert words in rows[name]['error'] and rows[name]['p50_ms'] is None, rows[name]
     for name in ('good', 'last'): assert rows[name]['error'] == '' and rows[name]['runs'] == 10 and rows[name]['batch_ms']
     assert not any(alive(e['pid']) for e in events(log))
