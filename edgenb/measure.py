@@ -72,7 +72,7 @@ class Sampled:
 
 # %% ../nbs/16_measure.ipynb #30dabdcc
 def _package_zones(root):
-    return [z for z in sorted((Path(root)/'class/powercap').glob('*rapl:*')) if z.name.count(':') == 1 and (z/'name').read_text().startswith('package')]
+    return [z for z in sorted((Path(root)/'class/powercap').glob('*rapl:*')) if (z/'name').read_text().startswith('package')]
 
 def _supply(root):
     "A function that reads the watts at a Jetson's supply, or None."

@@ -8,7 +8,7 @@ from edgenb.cli import main
 from edgenb.core import EdgenbError, digest, digest_of, write_json
 from edgenb.measure import energy_counter, measure, measure_all, percentiles
 from edgenb.pipeline import image_pipeline
-from edgenb.remote import PROTOCOL, local_measure, remote_measure, verify_bundle
+from edgenb.remote import PROTOCOL, image_files, local_measure, remote_measure, verify_bundle
 
 ACTOR = '''
 import json, os, signal, sys, threading, time
@@ -44,7 +44,7 @@ class Actor(Runtime):
             while time.process_time() < cpu + do.get('work', 0): pass
             value, = x.values()
             mean = value.reshape(len(value), -1).mean(1).astype(np.float32)
-            note(event='call', start=start, end=time.perf_counter(), n=len(value), others=states() if 'log' in do else [])
+            note(event='call', start=start, end=time.perf_counter(), n=len(value), mean=float(mean[0]), others=states() if 'log' in do else [])
             cores = np.full(len(value), len(os.sched_getaffinity(0)))
             return {'logits': np.stack([mean, -mean], 1), 'cores': cores}
         return one_at_a_time(call, ('image',), cls.any_batch)
@@ -143,6 +143,12 @@ def test_a_known_time_is_measured_and_the_ratio_of_two(actor, tmp_path):
     assert abs(np.percentile(seen, 50) - two['model_p50_ms']) < 0.5                    # what the runtime saw itself
 
 
+def test_inputs_are_taken_in_turn(actor, tmp_path):
+    measure_all([actor('a', log=str(tmp_path/'log'))], runs=14, warm_up=0, block=14, batches=())
+    seen = [e['mean'] for e in events(tmp_path/'log') if e['event'] == 'call'][-14:]
+    assert len(set(seen[:7])) == 7 and seen[:7] == seen[7:]
+
+
 def test_cpu_time_is_counted(actor):
     row, = measure_all([actor('busy', work=0.003)], runs=20, batches=())
     assert row['cpu_ms'] == pytest.approx(3.0, abs=0.8)
@@ -188,7 +194,7 @@ def test_candidates_that_fail_leave_a_row_and_the_others_go_on(actor, tmp_path):
                   actor('unknown', 'acter'), actor('inputless') | {'inputs': tmp_path/'none.npz'}, actor('last')]
     rows = {r['artifact']: r for r in measure_all(candidates, runs=10, block=2, warm_up=2, timeout_s=3)}
     said = {'crash': 'SIGSEGV', 'crash later': 'SIGSEGV', 'exit': 'exit code 3: out of luck', 'hang': 'no answer within 3 s', 'raise': 'no such operator: Foo',
-            'gone': 'not there.actor does not exist', 'unknown': 'Did you mean actor?', 'inputless': 'none.npz does not exist'}
+            'gone': 'not there.actor does not exist', 'unknown': 'Did you mean actor', 'inputless': 'none.npz does not exist'}
     for name, words in said.items(): assert words in rows[name]['error'] and rows[name]['p50_ms'] is None, rows[name]
     for name in ('good', 'last'): assert rows[name]['error'] == '' and rows[name]['runs'] == 10 and rows[name]['batch_ms']
     assert not any(alive(e['pid']) for e in events(log))
@@ -349,7 +355,9 @@ def test_a_broken_bundle_is_refused_before_anything_is_sent(harm, actor, tmp_pat
     if harm == 'missing': (bundle/'pipeline.json').unlink()
     if harm == 'none': bundle = tmp_path/'nothing'
     monkeypatch.setenv('EDGENB_SSH', 'false')   # would end with exit code 1
-    for on in (None, 'ssh://host'): refused(lambda: verify_bundle(bundle, [images], on), {'changed': 'its digest differs', 'missing': 'is missing', 'none': 'is not a bundle'}[harm])
+    words = {'changed': 'its digest differs', 'missing': 'is missing', 'none': 'is not a bundle'}[harm]
+    for on in (None, 'ssh://host'): refused(lambda: verify_bundle(bundle, [images], on), words)
+    refused(lambda: remote_measure('ssh://host', bundle, image_files([images])), words)
 
 
 def request(bundle, images, **changes):
