@@ -444,6 +444,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'edgenb/runtimes/tensorrt.py'),
                                           'edgenb.runtimes.tensorrt.compile_engine': ( 'runtimes/tensorrt.html#compile_engine',
                                                                                        'edgenb/runtimes/tensorrt.py'),
+                                          'edgenb.runtimes.tensorrt.gpu_stream': ( 'runtimes/tensorrt.html#gpu_stream',
+                                                                                   'edgenb/runtimes/tensorrt.py'),
                                           'edgenb.runtimes.tensorrt.listener': ( 'runtimes/tensorrt.html#listener',
                                                                                  'edgenb/runtimes/tensorrt.py'),
                                           'edgenb.runtimes.tensorrt.no_gpu': ( 'runtimes/tensorrt.html#no_gpu',
