@@ -319,16 +319,17 @@ class Run:
         return [Card.load(p) for p in sorted(self.path.glob('[0-9][0-9]-*.json'))]
 
     def file(self, name: str,  # of a room
-             file: str         # one of the files it wrote
+             file: str         # one of the files it wrote, or a folder of them
             ) -> Path:
-        "Path of a file that a room wrote, its digest checked against the card."
-        card = self.card(name)
-        path = next((p for p in card.wrote if p.split('/', 1)[1] == file), None)
-        if path is None: raise EdgenbError(f'{name} wrote no {file}.{did_you_mean(file, [p.split("/", 1)[1] for p in card.wrote])}')
-        if not (self.path/path).is_file(): raise EdgenbError(f'{self.path/path} is gone: enter {name} again')
-        if digest(self.path/path) != card.wrote[path]:
-            raise EdgenbError(f'{self.path/path} is not what {name} wrote (its digest differs): enter {name} again')
-        return self.path/path
+        "Path of what a room wrote, digests checked against the card."
+        card, inside = self.card(name), file.rstrip('/') + '/'
+        paths = [p for p in card.wrote if p.split('/', 1)[1] == file or p.split('/', 1)[1].startswith(inside)]
+        if not paths: raise EdgenbError(f'{name} wrote no {file}.{did_you_mean(file, [p.split("/", 1)[1] for p in card.wrote])}')
+        for path in paths:
+            if not (self.path/path).is_file(): raise EdgenbError(f'{self.path/path} is gone: enter {name} again')
+            if digest(self.path/path) != card.wrote[path]:
+                raise EdgenbError(f'{self.path/path} is not what {name} wrote (its digest differs): enter {name} again')
+        return self.path/paths[0].split('/', 1)[0]/file
 
     def new(self, file: str) -> Path:
         "Path for a new file of the room that is at work (its folder is made)."

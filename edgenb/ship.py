@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np
 import edgenb
-from .compile import runtime
+from .runtime import LIBRARIES, ready, runtime
 from .core import EdgenbError, digest, digest_of, json_text, room, write_json
 from .pipeline import Pipeline
 from .watch import Sketch
@@ -54,7 +54,8 @@ def check_bundle(path: str | Path) -> dict:   # the manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError): raise damaged('is damaged') from None
     if version > FORMAT: raise EdgenbError(f'{path} is a bundle of format {version}, this edgenb ({edgenb.__version__}) knows up to {FORMAT}: install edgenb {manifest.get("edgenb", "")} or newer')
     if text != json_text(manifest) or digest_of({k: v for k, v in manifest.items() if k != 'digest'}) != manifest.get('digest'): raise damaged('was changed after the bundle was made')
-    if not isinstance(manifest.get('runtime'), str) or not {manifest.get('model'), 'pipeline.json', 'reference.sketch'} <= set(files): raise damaged('does not say what to run')
+    model = manifest.get('model')
+    if not (isinstance(manifest.get('runtime'), str) and isinstance(model, str) and {'pipeline.json', 'reference.sketch'} <= set(files) and any(f == model or f.startswith(f'{model}/') for f in files)): raise damaged('does not say what to run')
     present = {p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file()} - {'manifest.json'}
     if odd := sorted(present ^ set(files)): raise EdgenbError(f"{path}: {odd[0]} is {'missing' if odd[0] in files else 'not part of the bundle'}: copy the bundle again")
     for name, sha in files.items():
@@ -66,7 +67,7 @@ def load_bundle(path: str | Path,        # a bundle's folder
     "Check a bundle and make it ready to decide."
     path, manifest = Path(path), check_bundle(path)
     return Bundle(path, manifest, Pipeline.load(path/'pipeline.json'), Sketch.from_bytes((path/'reference.sketch').read_bytes()),
-                  runtime(manifest['runtime']).load(path/manifest['model'], num_threads))
+                  ready(manifest['runtime']).load(path/manifest['model'], num_threads))
 
 # %% ../nbs/06_ship.ipynb #1d6b3b80
 def shippable(rows: list,            # of the parity report
@@ -97,17 +98,18 @@ def _portable(card) -> dict:
 def pack(folder: Path, name: str, row: dict, model: Path, pipeline: Path, parity: Path, sketch: Sketch, cards: list, warnings: list) -> dict:
     "Write a bundle; returns its manifest."
     folder.mkdir(parents=True)
-    for source, target in ((model, f'model{model.suffix}'), (pipeline, 'pipeline.json'), (parity, 'parity.json')): shutil.copyfile(source, folder/target)
+    for source, target in ((pipeline, 'pipeline.json'), (parity, 'parity.json')): shutil.copyfile(source, folder/target)
+    (shutil.copytree if model.is_dir() else shutil.copyfile)(model, folder/f'model{model.suffix}')
     (folder/'reference.sketch').write_bytes(sketch.to_bytes())
     write_json(folder/'card.json', {'lineage': [_portable(c) for c in cards]})
     manifest = {'edgenb_bundle': FORMAT, 'edgenb': edgenb.__version__, 'name': name, 'artifact': row['artifact'], 'runtime': row['runtime'], 'precision': row['precision'],
                 'model': f'model{model.suffix}', 'data': cards[0].data, 'device': row['device'], 'verdict': row['verdict'], 'warnings': warnings,
-                'files': {p.name: digest(p) for p in sorted(folder.iterdir())}}
+                'files': {p.relative_to(folder).as_posix(): digest(p) for p in sorted(folder.rglob('*')) if p.is_file()}}
     manifest['digest'] = digest_of(manifest)
     write_json(folder/'manifest.json', manifest)
     return manifest
 
-@room(6, needs=('data', 'tune', 'squeeze', 'compile', 'verify'), libraries=('numpy', 'pillow', 'onnxruntime'))
+@room(6, needs=('data', 'tune', 'squeeze', 'compile', 'verify'), libraries=LIBRARIES)
 def ship(run,
          name: str = 'model',      # of the bundle
          artifact: str = '',       # '' for the one `verify` chose
@@ -119,7 +121,8 @@ def ship(run,
     row = shippable(report['rows'], artifact or report['chosen'], accept)
     built = next(a for a in run.card('compile').result['artifacts'] if a['artifact'] == row['artifact'])
     model, pipeline = run.file('compile', built['file']), run.file('tune', 'pipeline.json')
-    steps, load = Pipeline.load(pipeline), runtime(row['runtime']).load(model)
+    steps, engine = Pipeline.load(pipeline), runtime(row['runtime'])
+    load = _squeezed_network(run) if engine.missing() else engine.load(model)   # what cannot run here is watched by what it was made of
     held = examples_of(run, 'validation')
     sketch = Sketch.fit(np.concatenate([load(steps.before(e.read())[None])['embedding'] for e in held]))
     warnings = [f"the data gate '{g}' was overridden" for g in report['overridden_gates']]
@@ -127,8 +130,13 @@ def ship(run,
     data = run.card('data').data
     if data != 'real': warnings.append(f'made from {data} data')
     manifest = pack(run.new('bundle'), name, row, model, pipeline, run.file('verify', 'parity.json'), sketch, [run.card(c) for c in ('data', 'tune', 'squeeze', 'compile', 'verify')], warnings)
-    size = sum(p.stat().st_size for p in (run.out/'bundle').iterdir())
+    size = sum(p.stat().st_size for p in (run.out/'bundle').rglob('*') if p.is_file())
     return {'bundle': 'bundle', 'digest': manifest['digest'], 'artifact': row['artifact'], 'warnings': warnings, 'size_mb': round(size/1e6, 3)}
+
+def _squeezed_network(run):
+    from edgenb.squeeze import squeezed
+    from edgenb.vision import torch_callable
+    return torch_callable(squeezed(run)[0])
 
 def bundle_of(run) -> Path:
     "The folder of the bundle that `ship` left in a run."

@@ -13,8 +13,9 @@ from .data import examples_of
 from .tune import tuned
 
 # %% ../nbs/03_squeeze.ipynb #d5ab86b0
-PRECISIONS = {'fp32': 'as tuned, 32-bit floating point',
-              'int8': 'static 8-bit: weights signed per channel, activations unsigned, ranges from validation images'}
+PRECISIONS = {'fp32': 'as tuned, 32-bit floating point', 'fp16': '16-bit floating point',
+              'int8': '8-bit weights, activations as the runtime can; ranges from validation images',
+              'int4': '4-bit weights where the runtime has them'}
 
 def fold(net):
     "A copy of a network in eval mode with every batch-norm folded into the convolution before it, where the structure tells which."
@@ -48,10 +49,10 @@ def squeeze(run,
     with torch.inference_mode(): difference = (reference(x)[0] - folded(x)[0]).abs().max().item()
     if difference > 1e-2: raise EdgenbError(f'squeeze: folding batch-norm changed a logit by {difference:.3g}: this network cannot be folded this way')
     save_file({k: v.contiguous() for k, v in folded.state_dict().items()}, run.new('squeezed.safetensors'))
-    write_json(run.new('candidates.json'), [{'name': p, 'precision': p, 'calibration': [e.id for e in chosen] if p == 'int8' else []} for p in precisions])
+    write_json(run.new('candidates.json'), [{'name': p, 'precision': p, 'calibration': [e.id for e in chosen] if p in ('int8', 'int4') else []} for p in precisions])
     weights = sum(p.numel() for p in folded.parameters())
     return {'precisions': precisions, 'largest_logit_difference': difference, 'parameters': weights,
-            'weights_mb': {p: round(weights*(4 if p == 'fp32' else 1)/1e6, 2) for p in precisions}}
+            'weights_mb': {p: round(weights*{'fp32': 4, 'fp16': 2, 'int8': 1, 'int4': 0.5}[p]/1e6, 2) for p in precisions}}
 
 # %% ../nbs/03_squeeze.ipynb #94a39a78
 def squeezed(run):

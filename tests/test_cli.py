@@ -23,7 +23,7 @@ def test_help_loads_no_heavy_library(args):
     assert done.returncode == 0 and done.stderr.strip() == '[]', done.stderr
 
 
-@pytest.mark.parametrize('module', ['edgenb', 'edgenb.core', 'edgenb.pipeline', 'edgenb.data', 'edgenb.tune', 'edgenb.squeeze', 'edgenb.compile', 'edgenb.verify', 'edgenb.ship',
+@pytest.mark.parametrize('module', ['edgenb', 'edgenb.core', 'edgenb.pipeline', 'edgenb.data', 'edgenb.tune', 'edgenb.squeeze', 'edgenb.compile', 'edgenb.runtime', 'edgenb.search', 'edgenb.bisect', 'edgenb.choice', 'edgenb.device', 'edgenb.size', 'edgenb.remote', 'edgenb.verify', 'edgenb.ship',
                                     'edgenb.watch', 'edgenb.learn', 'edgenb.mill', 'edgenb.panel', 'edgenb.device', 'edgenb.recipes.wafer'])
 def test_modules_load_no_torch(module):
     done = subprocess.run([sys.executable, '-c', f"import sys, {module}; assert not {{'torch', 'transformers', 'peft', 'sklearn'}} & set(sys.modules)"], cwd=root)

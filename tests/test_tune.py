@@ -73,7 +73,7 @@ def test_any_image_model_of_transformers_goes_through_the_loop_from_a_folder(fre
     assert 'base' in card.read                            # other weights in the folder would be another key
     squeeze(fresh, precisions=['fp32']); compile(fresh)
     rows = verify(fresh, tolerance=0.5, latency_budget_ms=10_000, timing_runs=5).result['rows']
-    assert rows[1]['artifact'] == 'onnxruntime-fp32' and rows[1]['flipped'] == []
+    assert [r['artifact'] for r in rows] == ['reference', 'squeezed', 'onnxruntime-fp32'] and rows[2]['flipped'] == []
 
 
 def test_a_hub_id_without_a_network_says_what_to_pass_instead(fresh, monkeypatch):

@@ -78,7 +78,7 @@ def target_table(rows: list, data_kind: str = 'real') -> str:
     "Markdown: the artifacts of a parity report with intervals, and the targets below them."
     def rate(r, m): a = r['also'][m]; return f"{a['value']:.1%} [{a['low']:.1%}, {a['high']:.1%}]"
     lines = ['| model | data | accuracy | detection rate | false-positive rate | latency p95 |', '|---|---|---|---|---|---|']
-    lines += [f"| {r['artifact']} | {data_kind} | {rate(r, 'accuracy')} | {rate(r, 'detection rate')} | {rate(r, 'false-positive rate')} | {r['p95_ms']:.1f} ms |" for r in rows]
+    lines += [f"| {r['artifact']} | {data_kind} | {rate(r, 'accuracy')} | {rate(r, 'detection rate')} | {rate(r, 'false-positive rate')} | {r['p95_ms']:.1f} ms |" for r in rows if None not in (r['value'], r['p95_ms'])]
     shown = lambda t, k, form: format(t[k], form) if k in t else ''
     return '\n'.join(lines + [f"| *{t['who']}* | *stated* | {shown(t, 'accuracy', '.1%')} | {shown(t, 'detection rate', '.1%')} | {shown(t, 'false-positive rate', '.1%')} | "
                               f"{shown(t, 'latency_ms', '.0f')}{' ms' if 'latency_ms' in t else ''} |" for t in TARGETS])
@@ -102,6 +102,7 @@ def verdict(rows: list, chosen: str | None, budget: dict, overridden: list, data
     if chosen is None:
         return 'Nothing may ship. ' + ' '.join(f"{r['artifact']}: {r['reason']}." for r in rows if r is not reference)
     r = next(r for r in rows if r['artifact'] == chosen)
+    if r['value'] is None: return f"{chosen} was built but could not be run here: {r['reason']}."
     found, false = r['also']['detection rate'], r['also']['false-positive rate']
     said = [f"{chosen} {'may ship' if r['verdict'] == 'pass' else 'is ' + r['verdict']}: against the tuned model it loses at most {max(0, -r['delta_low']):.1%} {r['metric']} (tolerance {budget['tolerance']:.1%}), is "
             f"{reference['model_p50_ms']/r['model_p50_ms']:.1f} times as fast and {reference['size_mb']/r['size_mb']:.1f} times smaller, and decides within {r['p95_ms']:.1f} ms (budget {budget['latency_ms']:.0f} ms).",

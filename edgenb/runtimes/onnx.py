@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPSET', 'QUANTIZED', 'quiet', 'export_onnx', 'ready', 'tensor_ranges', 'quantize_static', 'quantize_dynamic',
-           'quantize_weights', 'half', 'quantizable', 'opset_of', 'signed_is_slow', 'OnnxRuntime']
+           'quantize_weights', 'half', 'smooth', 'quantizable', 'opset_of', 'signed_is_slow', 'OnnxRuntime']
 
 # %% ../../nbs/runtimes/onnx.ipynb #94f98d2d
 import contextlib, logging, os, tempfile
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from ..core import EdgenbError
 from ..runtime import Network, Runtime, Variant, one_at_a_time
+from .common import checked
 
 # %% ../../nbs/runtimes/onnx.ipynb #c9943691
 OPSET = 18
@@ -42,6 +43,11 @@ def export_onnx(network: Network, path: Path) -> Path:
         except Exception as e:
             reason = next((str(c).splitlines()[0] for c in (e.__cause__, e) if c is not None and str(c)), type(e).__name__)
             raise EdgenbError(f'compile: torch cannot export this network to ONNX ({reason}): replace the operation it names, or choose another network') from e
+        given = {*network.inputs, *network.outputs}
+        for node in program.model.graph:
+            for noise in ('pkg.torch.onnx.stack_trace', 'pkg.torch.onnx.fx_node', 'namespace'): node.metadata_props.pop(noise, None)   # paths of this machine among them
+            for value in node.outputs:
+                if value.name in given and not value.is_graph_output(): value.name += '_inside'   # the exporter names layers by their operation, e.g. 'embedding'
         temporary = Path(path).with_suffix('.tmp')
         program.save(str(temporary))
     os.replace(temporary, path)
@@ -85,14 +91,21 @@ def quantize_static(prepared: Path, ranges, path: Path, signed: bool = False, pe
     import onnx
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    from onnxruntime.quantization.registry import IntegerOpsRegistry, QDQRegistry, QLinearOpsRegistry
-    operations = list({*QLinearOpsRegistry, *QDQRegistry} | {*IntegerOpsRegistry})
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+    model = onnx.load(str(prepared))
+    convolutional = any(n.op_type == 'Conv' for n in model.graph.node)
+    operations = list({*QLinearOpsRegistry, *QDQRegistry}) if convolutional else list(QUANTIZED)   # between matrices, 8-bit additions and norms lose much and gain nothing
     with quiet():
-        q = QDQQuantizer(onnx.load(str(prepared)), per_channel, False, QuantType.QInt8, QuantType.QInt8 if signed else QuantType.QUInt8, ranges,
-                         list(only), list(keep), operations, {'ActivationSymmetric': signed})
+        q = QDQQuantizer(model, per_channel, False, QuantType.QInt8, QuantType.QInt8 if signed else QuantType.QUInt8, ranges,
+                         list(only), _with_followers(model, keep), operations, {'ActivationSymmetric': signed})
         q.quantize_model()
         _save(q.model.model, path)
     return path
+
+def _with_followers(model, keep):
+    "The layers, and the small operations that read them: rounding what follows would undo keeping them."
+    made = {o for n in model.graph.node if n.name in set(keep) for o in n.output}
+    return [*keep, *(n.name for n in model.graph.node if n.op_type not in QUANTIZED and made & set(n.input))]
 
 def quantize_dynamic(prepared: Path, path: Path, keep: list = (), only: list = ()) -> Path:
     "Write a version with 8-bit weights whose activations are quantized as they come."
@@ -110,6 +123,7 @@ def quantize_weights(prepared: Path, path: Path, bits: int = 4, block_size: int 
     "Write a version whose matrix weights have 4 bits, in blocks with a scale each; activations stay FP32."
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    logging.getLogger('onnxruntime.quantization.matmul_nbits_quantizer').setLevel(logging.ERROR)
     with quiet():
         q = MatMulNBitsQuantizer(onnx.load(str(prepared)), bits=bits, block_size=block_size, is_symmetric=True, accuracy_level=4)
         q.process()
@@ -124,6 +138,48 @@ def half(fp32: Path, path: Path) -> Path:
     from onnxruntime.transformers.float16 import convert_float_to_float16
     with quiet(): _save(convert_float_to_float16(onnx.load(str(fp32)), keep_io_types=True, disable_shape_infer=False), path)
     return path
+
+def smooth(prepared: Path, calibration: list, strength: float, path: Path) -> Path:
+    "Move outliers of activations into the weights of the matrix multiplications they enter, channel by channel; the function stays the same (SmoothQuant, Xiao et al. 2022)."
+    import onnx
+    from onnx import helper, numpy_helper
+    model = onnx.load(str(prepared))
+    del model.graph.value_info[:]
+    weights = {i.name: i for i in model.graph.initializer}
+    layers = {}   # activation -> the multiplications that read it
+    for n in model.graph.node:
+        if n.op_type == 'MatMul' and n.input[1] in weights: layers.setdefault(n.input[0], []).append(n)
+    if not layers: raise EdgenbError('onnxruntime: there is no matrix multiplication with constant weights to smooth')
+    reach, first = _reach(model, list(layers), calibration), {}
+    for activation, readers in layers.items():
+        arrays = [numpy_helper.to_array(weights[n.input[1]]) for n in readers]
+        wide = np.maximum(np.max([np.abs(w).max(1) for w in arrays], 0), 1e-5)
+        by = np.maximum(reach[activation], 1e-5)**strength/wide**(1 - strength)
+        by = np.clip(by/np.exp(np.log(by).mean()), 1e-3, 1e3).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(1/by, f'{activation}_smoothed_by'))
+        first[readers[0].name] = helper.make_node('Mul', [activation, f'{activation}_smoothed_by'], [f'{activation}_smoothed'], name=f'{activation}_smoothed')
+        for n, w in zip(readers, arrays):
+            model.graph.initializer.append(numpy_helper.from_array(w*by[:, None], f'{n.input[1]}_smoothed'))
+            n.input[0], n.input[1] = f'{activation}_smoothed', f'{n.input[1]}_smoothed'
+    nodes = [onnx.NodeProto.FromString(m.SerializeToString()) for n in model.graph.node for m in (first.get(n.name), n) if m is not None]
+    read = {i for n in nodes for i in n.input}
+    left = [onnx.TensorProto.FromString(i.SerializeToString()) for i in model.graph.initializer if i.name in read]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes); model.graph.initializer.extend(left)
+    _save(model, path)
+    return path
+
+def _reach(model, activations, calibration):
+    "Largest magnitude of every channel (last axis) of the activations over the calibration examples."
+    import onnx
+    traced = onnx.ModelProto.FromString(model.SerializeToString())
+    traced.graph.output.extend(onnx.helper.make_tensor_value_info(a, onnx.TensorProto.FLOAT, None) for a in activations)
+    with tempfile.TemporaryDirectory() as scratch:
+        onnx.save(traced, f'{scratch}/traced.onnx')
+        session, most = _session(Path(scratch)/'traced.onnx', 1), {}
+        for example in calibration:
+            for a, v in zip(activations, session.run(activations, example)): most[a] = np.maximum(most.get(a, 0), np.abs(v).reshape(-1, v.shape[-1]).max(0))
+    return most
 
 def _save(model, path):
     import onnx
@@ -166,6 +222,7 @@ class OnnxRuntime(Runtime):
 
     @classmethod
     def build(cls, network, variant, calibration, path, keep=(), only=()):
+        checked(cls, network, variant, calibration)
         with tempfile.TemporaryDirectory(dir=Path(path).parent) as scratch:
             fp32 = export_onnx(network, Path(scratch)/'fp32.onnx')
             return cls.derive(fp32, variant, calibration, path, keep, only)
@@ -177,16 +234,23 @@ class OnnxRuntime(Runtime):
         options = dict(v.options)
         if variant == 'fp32': Path(path).write_bytes(Path(fp32).read_bytes()); return Path(path)
         if variant == 'fp16': return half(fp32, path) or Path(path)
-        if v.calibrated and len(calibration) < 8: raise EdgenbError(f'onnxruntime {variant}: {len(calibration)} calibration example{"s" if len(calibration) != 1 else ""} cannot set the ranges, 8 are needed: pass more')
         with tempfile.TemporaryDirectory(dir=Path(path).parent) as scratch:
             if 'prepared' not in kept: kept['prepared'] = ready(fp32, Path(scratch)/'ready.onnx').read_bytes()
             prepared = Path(scratch)/'prepared.onnx'
             prepared.write_bytes(kept['prepared'])
-            if variant == 'int4': return quantize_weights(prepared, path)
-            if options.pop('dynamic', False): return quantize_dynamic(prepared, path, keep, only)
-            method = options.pop('method', 'MinMax')
-            if method not in kept: kept[method] = tensor_ranges(prepared, calibration, method)
-            return quantize_static(prepared, kept[method], path, keep=keep, only=only, **options)
+            try: return cls._quantize(prepared, variant, options, calibration, path, keep, only, kept)
+            except EdgenbError: raise
+            except Exception as e: raise EdgenbError(f'onnxruntime {variant}: its quantizer failed ({type(e).__name__}: {str(e).splitlines()[0][:200]}): choose another variant') from e
+
+    @staticmethod
+    def _quantize(prepared, variant, options, calibration, path, keep, only, kept):
+        if variant == 'int4': return quantize_weights(prepared, path)
+        if options.pop('dynamic', False): return quantize_dynamic(prepared, path, keep, only)
+        method = options.pop('method', 'MinMax')
+        if method != 'MinMax' and len({tuple(np.shape(v) for v in c.values()) for c in calibration}) > 1:
+            raise EdgenbError(f"onnxruntime {variant}: histograms of ranges need calibration examples of one shape: choose 'int8' (min-max), or pad the examples")
+        if method not in kept: kept[method] = tensor_ranges(prepared, calibration, method)
+        return quantize_static(prepared, kept[method], path, keep=keep, only=only, **options)
 
     @classmethod
     def load(cls, path, num_threads=1):
@@ -211,6 +275,12 @@ class OnnxRuntime(Runtime):
             session = _session(Path(scratch)/'traced.onnx', 1, optimise=False)
             found = dict(zip((o.name for o in session.get_outputs()), session.run(None, example)))
         return {o: found[r] for o, r in layers.items() if r in found}
+
+    @classmethod
+    def where(cls, path):
+        import ast, onnx
+        scopes = lambda n: next((ast.literal_eval(p.value) for p in n.metadata_props if p.key == 'pkg.torch.onnx.name_scopes'), [])
+        return {o: f"{n.op_type} in {'.'.join(scopes(n)[:-1]).strip('.') or 'the network itself'}" for n in onnx.load(str(path)).graph.node for o in n.output}
 
 def _session(path, num_threads, optimise=True):
     import onnxruntime
