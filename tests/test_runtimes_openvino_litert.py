@@ -127,6 +127,28 @@ def test_two_inputs_and_two_outputs_keep_their_names(tmp_path):
         for name in wanted: assert np.abs(found[name] - wanted[name]).max() < 1e-4
 
 
+def test_attention_over_texts_of_any_length_holds_in_int8(tmp_path):
+    import torch
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.q, self.k, self.v, self.norm = torch.nn.Embedding(50, 32), *(torch.nn.Linear(32, 32) for _ in 'qkv'), torch.nn.LayerNorm(32)
+        def forward(self, ids):
+            h = self.embed(ids)
+            return self.norm(h + torch.softmax(self.q(h)@self.k(h).transpose(1, 2)/32**0.5, -1)@self.v(h)).mean(1)
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    def text(length): return {'ids': rng.integers(0, 50, (1, length))}
+    network = Network(Encoder().eval(), text(12), ('embedding',), {'ids': {1: 'length'}})
+    def off(runtime, calibration, given):
+        found = runtime.load(runtime.build(network, 'int8', calibration, tmp_path/f'encoder{runtime.suffix}'))(given)['embedding']
+        with torch.no_grad(): return np.abs(found - network.net(torch.from_numpy(given['ids'])).numpy()).max()
+    assert off(OpenVINO, [text(n) for n in rng.integers(4, 20, 16)], text(17)) < 0.05
+    assert off(LiteRT, [text(12) for _ in range(16)], text(12)) < 0.1
+    refused(lambda: LiteRT.load(tmp_path/'encoder.tflite')(text(13)), '(1, 13)', '(1, 12)')
+    refused(lambda: LiteRT.build(network, 'int8', [text(13)]*8, tmp_path/'encoder.tflite'), '(1, 13)', '(1, 12)')
+
+
 def test_openvino_takes_batches_and_litert_says_it_does_not(sensors):
     paths = sensors['paths']
     assert np.abs(OpenVINO.load(paths['openvino', 'int8'])(sensors['x'][:4], whole=True)['rebuilt'] - rebuilt(sensors, OpenVINO, 'int8')[:4]).max() < 1e-4

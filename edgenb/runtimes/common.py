@@ -25,7 +25,7 @@ def checked(runtime, network, variant: str, calibration: list):
     for n, example in enumerate(calibration):
         for name, like in network.inputs.items():
             if name not in example: raise EdgenbError(f'calibration example {n} has no input {name}, only {", ".join(example)}')
-            got, free = np.shape(example[name]), network.dynamic.get(name, {})
+            got, free = np.shape(example[name]), network.dynamic.get(name, {}) if runtime.any_batch else {}   # a file for exactly one example has fixed shapes
             if len(got) != like.ndim or any(g != w and axis not in free for axis, (g, w) in enumerate(zip(got, like.shape))):
                 raise EdgenbError(f'calibration example {n}: input {name} has shape {got}, the network takes {like.shape}')
     return v

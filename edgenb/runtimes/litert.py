@@ -54,10 +54,13 @@ def quantize(fp32: bytes,        # from `convert`
         from ai_edge_quantizer.utils import qsv_utils
         try:
             if not calibration: return bytes(quantizer.Quantizer(fp32, recipe.dynamic_wi8_afp32()).quantize(enable_progress_report=False).quantized_model)
+            from ai_edge_litert.interpreter import Interpreter
+            kinds = {n: d['dtype'] for n, d in Interpreter(model_content=fp32).get_signature_runner().get_input_details().items()}   # int64 has become int32
+            examples = [{n: np.asarray(x[n], kind) for n, kind in kinds.items()} for x in calibration]
             manager = recipe_manager.RecipeManager()
             manager.load_quantization_recipe(recipe.static_wi8_ai8())
             ranges = calibrator.Calibrator(fp32, num_threads=1, qsv_update_func=getattr(qsv_utils, f'{merge}_update'))
-            ranges.calibrate({None: calibration}, manager)
+            ranges.calibrate({None: examples}, manager)
             return bytes(quantizer.Quantizer(fp32, recipe.static_wi8_ai8()).quantize(ranges.get_model_qsvs(), enable_progress_report=False).quantized_model)
         except Exception as e: error = e
     raise EdgenbError(f'litert cannot quantize this network ({reason(error)}): build fp32, or another runtime') from error
