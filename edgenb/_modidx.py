@@ -467,6 +467,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'edgenb/runtimes/tflm.py'),
                                       'edgenb.runtimes.tflm._bytes': ('runtimes/tflm.html#_bytes', 'edgenb/runtimes/tflm.py'),
                                       'edgenb.runtimes.tflm._function': ('runtimes/tflm.html#_function', 'edgenb/runtimes/tflm.py'),
+                                      'edgenb.runtimes.tflm._suffices': ('runtimes/tflm.html#_suffices', 'edgenb/runtimes/tflm.py'),
                                       'edgenb.runtimes.tflm.allocated': ('runtimes/tflm.html#allocated', 'edgenb/runtimes/tflm.py'),
                                       'edgenb.runtimes.tflm.arena_kb': ('runtimes/tflm.html#arena_kb', 'edgenb/runtimes/tflm.py'),
                                       'edgenb.runtimes.tflm.c_array': ('runtimes/tflm.html#c_array', 'edgenb/runtimes/tflm.py'),

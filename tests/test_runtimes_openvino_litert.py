@@ -223,7 +223,7 @@ def test_the_measured_arena_is_enough_and_less_is_not(sensors):
     content, kb = path.read_bytes(), arena_kb(path)
     assert allocated(content, kb) and not allocated(content, kb - 0.3)
     from edgenb.runtimes.tflm import _function
-    tight, roomy = (_function(i, content, path)[0]({'window': sensors['x'][:1]})['rebuilt'] for i in (allocated(content, kb), interpreter_for(content)[0]))
+    tight, roomy = (_function(i, content, path)[0]({'window': sensors['x'][:1]})['rebuilt'] for i in (allocated(content, kb), interpreter_for(content)))
     assert (tight == roomy).all()
 
 

@@ -50,21 +50,25 @@ def allocated(content: bytes, arena_kb: float, keep: bool = False):
                       f'TFLM cannot set this network up in {arena_kb/1000:.0f} MB ({reason(RuntimeError(said))})')
 
 def interpreter_for(content: bytes, keep: bool = False):
-    "A TFLM interpreter with an arena that is large enough, and that arena in KB."
-    kb = 16
-    while (found := allocated(content, kb, keep)) is None: kb *= 2
-    return found, kb
+    "A TFLM interpreter with more room than it can need: in an arena that is too small TFLM may crash."
+    return allocated(content, MOST_KB, keep)
 
 def arena_kb(path: Path) -> float:
-    """The smallest arena in which TFLM sets the network up, KB (1000 bytes), measured on this machine by halving the interval to 0.1 KB.
+    """The arena that TFLM needs, KB (1000 bytes): what its recording allocator counts on this machine, proven by an interpreter with no more, in a process of its own.
     Pointers take 8 bytes here and 4 on a microcontroller, which needs a little less."""
     content = _bytes(path)
-    high = interpreter_for(content)[1]
-    low = 0
-    while high - low > 0.1:
-        middle = (low + high)/2
-        low, high = (low, middle) if allocated(content, middle) else (middle, high)
-    return round(high + 0.05, 1)
+    interpreter = interpreter_for(content)
+    with native_output() as text:
+        interpreter.print_allocations()
+        counted = int(re.search(r'Arena allocation total (\d+) bytes', text())[1])
+    kb = -(-counted//100)/10
+    while not _suffices(path, kb): kb = round(1.02*kb + 0.1, 1)
+    return kb
+
+def _suffices(path, kb):
+    "A crash is a no."
+    code = 'import sys; from pathlib import Path; from edgenb.runtimes.tflm import allocated; sys.exit(allocated(Path(sys.argv[1]).read_bytes(), float(sys.argv[2])) is None)'
+    return subprocess.run([sys.executable, '-c', code, str(path), str(kb)], capture_output=True).returncode == 0
 
 def _bytes(path):
     open_file(path)   # TFLM does not verify what it reads, LiteRT does
@@ -100,7 +104,7 @@ def _function(interpreter, content, path):
 def steps_apart(content: bytes, examples: list) -> float:
     "The largest difference of the TFLM interpreter's outputs to those of LiteRT's reference kernels, in steps of the 8-bit scale."
     from ai_edge_litert.interpreter import OpResolverType
-    call, _, scales = _function(interpreter_for(content)[0], content, 'the file')
+    call, _, scales = _function(interpreter_for(content), content, 'the file')
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch)/'reference.tflite'
         path.write_bytes(content)
@@ -133,12 +137,12 @@ class TFLiteMicro(Runtime):
     def load(cls, path, num_threads=1):
         "TFLM has one thread, whatever `num_threads` says."
         content = _bytes(path)
-        return one_at_a_time(*_function(interpreter_for(content)[0], content, path)[:2], any_batch=False)
+        return one_at_a_time(*_function(interpreter_for(content), content, path)[:2], any_batch=False)
 
     @classmethod
     def trace(cls, path, example):
         content = _bytes(path)
-        interpreter, _ = interpreter_for(content, keep=True)
+        interpreter = interpreter_for(content, keep=True)
         _function(interpreter, content, path)[0](example)
         return layer_outputs(content, open_file(path).get_tensor_details(), lambda t: interpreter.GetTensor(t, 0)['tensor_data'])
 
@@ -175,7 +179,7 @@ def c_array(path: Path, out_dir: Path,
     "Write an artifact as a C array, with what a program has to know to run it."
     if not re.fullmatch(r'[A-Za-z_]\w*', name): raise EdgenbError(f'c_array: name = {name!r} is not a C identifier: use letters, digits and _, and begin with a letter')
     content = _bytes(path)
-    call, _, _ = _function(interpreter_for(content)[0], content, path)
+    call, _, _ = _function(interpreter_for(content), content, path)
     runner = open_file(path).get_signature_runner()
     said = [f"{kind} {n} {tuple(d['shape'].tolist())} {np.dtype(d['dtype']).name}, scale {d['quantization'][0]:.9g}, zero point {d['quantization'][1]}"
             for kind, details in (('input', runner.get_input_details()), ('output', runner.get_output_details())) for n, d in details.items()]
