@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip('torch')
 from edgenb.core import EdgenbError
 from edgenb.runtime import Network, size_mb
-from edgenb.runtimes import coreml, executorch, optimum, tensorrt
+from edgenb.runtimes import coreml, optimum, tensorrt
 from edgenb.runtimes.coreml import CoreML
 from edgenb.runtimes.executorch import ExecuTorch, facts, hushed
 from edgenb.runtimes.onnx import OnnxRuntime, export_onnx
