@@ -3,18 +3,19 @@
 Core ML packages cannot run here, nor TensorRT engines: packages are opened and their weights compared; TensorRT's Python interface is played by
 `fake_tensorrt`, which follows its documentation, insists on its order of calls and computes with ONNX Runtime. It proves the calls, not the engine."""
 import contextlib, ctypes, enum, importlib.machinery, importlib.metadata, json, os, platform, subprocess, sys, types
+from collections import OrderedDict
 from pathlib import Path
 import numpy as np
 import pytest
 torch = pytest.importorskip('torch')
 from edgenb.core import EdgenbError
 from edgenb.runtime import Network, size_mb
-from edgenb.runtimes import coreml, executorch, optimum, tensorrt
+from edgenb.runtimes import coreml, optimum, tensorrt
 from edgenb.runtimes.coreml import CoreML
 from edgenb.runtimes.executorch import ExecuTorch, facts, hushed
 from edgenb.runtimes.onnx import OnnxRuntime, export_onnx
 from edgenb.runtimes.optimum import Optimum
-from edgenb.runtimes.tensorrt import TensorRT, check_quantization, compile_engine, onnx_for
+from edgenb.runtimes.tensorrt import TensorRT, check_quantization, onnx_for
 
 needs_executorch = pytest.mark.skipif(bool(ExecuTorch.missing(build=True)), reason=ExecuTorch.missing(build=True) or 'there')
 needs_coreml = pytest.mark.skipif(bool(CoreML.missing(build=True)), reason=CoreML.missing(build=True) or 'there')
@@ -120,13 +121,17 @@ def test_executorch_holds_texts_of_any_length_and_says_what_stays_on_slow_kernel
     assert 'embedding in words (Embedding)' in facts(path)['portable'] and facts(path)['delegated'] > 2
 
 @needs_executorch
-def test_executorch_refuses_softplus_in_8_bit_by_name_and_builds_it_in_fp32(tmp_path):
-    network, images = defects(torch.nn.Softplus())
+def test_executorch_refuses_a_softplus_after_a_convolution_in_8_bit_by_name_and_builds_it_in_fp32(tmp_path):
+    "The head of many detectors: box sizes made positive inside the network."
+    torch.manual_seed(0)
+    images = defects()[1]
+    layers = {'body': torch.nn.Conv2d(3, 8, 3), 'act': torch.nn.ReLU(), 'boxes': torch.nn.Conv2d(8, 4, 1), 'head': torch.nn.Softplus()}
+    network = Network(torch.nn.Sequential(OrderedDict(layers)).eval(), images[0], ('sizes',))
     said = refusal(lambda: ExecuTorch.build(network, 'int8', images, tmp_path/'a.executorch'))
     assert 'softplus in head (Softplus)' in said and 'on the host' in said and 'build fp32' in said
     assert not list(tmp_path.iterdir())
     path = ExecuTorch.build(network, 'fp32', [], tmp_path/'a.executorch')
-    assert np.abs(ExecuTorch.load(path)(images[0])['embedding'] - reference(network, images[:1])['embedding']).max() < 1e-4
+    assert np.abs(ExecuTorch.load(path)(images[0])['sizes'] - reference(network, images[:1])['sizes']).max() < 1e-4
     assert list(facts(path)['portable']) == ['softplus in head (Softplus)']
 
 @needs_executorch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTED', 'MOST', 'LONGEST', 'DEVICE', 'quantized_onnx', 'check_quantization', 'onnx_for', 'no_gpu', 'listener',
-           'parsed', 'profile_of', 'compile_engine', 'TensorRT', 'gpu_stream']
+           'parsed', 'profile_of', 'compile_engine', 'gpu_stream', 'TensorRT']
 
 # %% ../../nbs/runtimes/tensorrt.ipynb #d90c0c4d
 import os, platform, shutil, tempfile
@@ -52,6 +52,7 @@ def check_quantization(path: Path) -> int:   # of quantized tensors
         pairs += n.op_type == 'QuantizeLinear'
     return pairs
 
+# %% ../../nbs/runtimes/tensorrt.ipynb #6c102bff
 def onnx_for(network: Network, variant: str, calibration: list, path: Path) -> Path:
     "Write the graph that TensorRT compiles for a variant; needs no GPU, and runs in ONNX Runtime for a first look at what it answers."
     v, path = TensorRT.variants[variant], Path(path)
@@ -97,6 +98,7 @@ def parsed(trt, builder, log, onnx: Path):
                           'and do it on the host, after the model')
     return network
 
+# %% ../../nbs/runtimes/tensorrt.ipynb #2e0bd539
 def profile_of(builder, network: Network):
     "Shapes the engine must serve: 1 to `MOST` examples, fastest for 1; free dimensions from 2 to `LONGEST`, fastest at the example's."
     profile = builder.create_optimization_profile()
@@ -125,6 +127,26 @@ def compile_engine(network: Network, onnx: Path, path: Path, workspace_mb: int =
     return write_atomic(path, bytes(memoryview(plan)))
 
 # %% ../../nbs/runtimes/tensorrt.ipynb #e7e6f716
+def gpu_stream():
+    "A CUDA stream of its own for an engine, of the torch that holds its inputs and outputs."
+    import torch
+    if not torch.cuda.is_available(): raise EdgenbError(f'tensorrt needs torch with CUDA to hold inputs and outputs, torch {torch.__version__} has none: install its CUDA build')
+    return torch.cuda.Stream()
+
+def _infer(context, stream, x, outputs, path):
+    "One call: inputs to the GPU, the engine, outputs back."
+    import torch
+    with torch.cuda.stream(stream):
+        held = {n: torch.from_numpy(np.ascontiguousarray(v)).to(DEVICE) for n, v in x.items()}
+        for n, t in held.items():
+            if not context.set_input_shape(n, tuple(t.shape)): raise EdgenbError(f'{path} does not take {n} of the shape {tuple(t.shape)}: build it with an example of that shape, or name the free dimension')
+        held |= {o: torch.empty(tuple(context.get_tensor_shape(o)), dtype=kind, device=DEVICE) for o, kind in outputs.items()}
+        for n, t in held.items(): context.set_tensor_address(n, t.data_ptr())
+        if not context.execute_async_v3(stream.cuda_stream): raise EdgenbError(f'{path} failed on the GPU: look at its memory, or build it again')
+        stream.synchronize()
+        return {o: held[o].cpu().numpy() for o in outputs}
+
+# %% ../../nbs/runtimes/tensorrt.ipynb #d9057c21
 class TensorRT(Runtime):
     "TensorRT 10 or 11. An engine runs on the kind of GPU, and with the version, that compiled it; `num_threads` has no effect."
     name, what, extra, suffix = 'tensorrt', 'TensorRT, NVIDIA GPUs and Jetson', 'tensorrt', '.engine'
@@ -164,22 +186,3 @@ class TensorRT(Runtime):
                 return {o: np.concatenate([p[o] for p in parts]) for o in outputs}
             return _infer(context, stream, x, outputs, path)
         return one_at_a_time(call, inputs)
-
-def gpu_stream():
-    "A CUDA stream of its own for an engine, of the torch that holds its inputs and outputs."
-    import torch
-    if not torch.cuda.is_available(): raise EdgenbError(f'tensorrt needs torch with CUDA to hold inputs and outputs, torch {torch.__version__} has none: install its CUDA build')
-    return torch.cuda.Stream()
-
-def _infer(context, stream, x, outputs, path):
-    "One call: inputs to the GPU, the engine, outputs back."
-    import torch
-    with torch.cuda.stream(stream):
-        held = {n: torch.from_numpy(np.ascontiguousarray(v)).to(DEVICE) for n, v in x.items()}
-        for n, t in held.items():
-            if not context.set_input_shape(n, tuple(t.shape)): raise EdgenbError(f'{path} does not take {n} of the shape {tuple(t.shape)}: build it with an example of that shape, or name the free dimension')
-        held |= {o: torch.empty(tuple(context.get_tensor_shape(o)), dtype=kind, device=DEVICE) for o, kind in outputs.items()}
-        for n, t in held.items(): context.set_tensor_address(n, t.data_ptr())
-        if not context.execute_async_v3(stream.cuda_stream): raise EdgenbError(f'{path} failed on the GPU: look at its memory, or build it again')
-        stream.synchronize()
-        return {o: held[o].cpu().numpy() for o in outputs}
