@@ -572,6 +572,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'edgenb.verify._draws': ('verify.html#_draws', 'edgenb/verify.py'),
                                'edgenb.verify._finite': ('verify.html#_finite', 'edgenb/verify.py'),
                                'edgenb.verify._judged': ('verify.html#_judged', 'edgenb/verify.py'),
+                               'edgenb.verify._known': ('verify.html#_known', 'edgenb/verify.py'),
+                               'edgenb.verify._loaded': ('verify.html#_loaded', 'edgenb/verify.py'),
                                'edgenb.verify._right': ('verify.html#_right', 'edgenb/verify.py'),
                                'edgenb.verify._row': ('verify.html#_row', 'edgenb/verify.py'),
                                'edgenb.verify.accuracy': ('verify.html#accuracy', 'edgenb/verify.py'),

@@ -15,9 +15,9 @@ AXES = {'value': 1, 'p95_ms': -1, 'size_mb': -1, 'rss_mb': -1, 'energy_mj': -1} 
 UNITS = {'value': '', 'p95_ms': ' ms', 'size_mb': ' MB on disk', 'rss_mb': ' MB of memory', 'energy_mj': ' mJ'}
 
 def dominates(a: dict, b: dict, axes: dict = AXES) -> bool:
-    "Whether row `a` is at least as good as `b` in every figure that both have, and better in one."
-    pairs = [(sign*a[k], sign*b[k]) for k, sign in axes.items() if a.get(k) is not None and b.get(k) is not None]
-    return bool(pairs) and all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
+    "Whether row `a` is at least as good as `b` in every figure that `b` has, and better in one; a figure that is not known is no match for one that is."
+    pairs = [(-math.inf if a.get(k) is None else sign*a[k], sign*b[k]) for k, sign in axes.items() if b.get(k) is not None]
+    return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
 
 def pareto(rows: list, axes: dict = AXES) -> list:   # names of artifacts
     "The artifacts that no other dominates."
@@ -46,8 +46,7 @@ def choose(rows: list   # of the parity report; the reference and the squeezed n
         if may: break
     else:
         return Choice(None, tightest(others), {r['artifact']: r['reason'] for r in others}, [])
-    slow = math.inf
-    winner = min(may, key=lambda r: (r['p95_ms'] if r['p95_ms'] is not None else slow, r['size_mb']))
+    winner = min(may, key=lambda r: [math.inf if r.get(k) is None else -AXES[k]*r[k] for k in ('p95_ms', 'size_mb', 'value', 'rss_mb', 'energy_mj')])   # of equals the best
     front = pareto(may)
     why_not = {}
     for r in others:
@@ -60,7 +59,7 @@ def choose(rows: list   # of the parity report; the reference and the squeezed n
     return Choice(winner['artifact'], f"{said} {len(may)} such artifact{'s' if len(may) > 1 else ''}{speed}", why_not, front)
 
 # %% ../nbs/22_choice.ipynb #862a876d
-def tightest(rows: list   # failing rows; `over` {bound: (figure, limit)} says what each exceeds
+def tightest(rows: list   # failing rows; `over` {bound: (figure, limit)} says what each exceeds; figure None: no limit would help
             ) -> str:
     "Which bound stands in the way, and how far it would have to move for something to ship."
     if not rows: return 'there is no artifact'
@@ -69,10 +68,12 @@ def tightest(rows: list   # failing rows; `over` {bound: (figure, limit)} says w
         exceeds = r.get('over') or {}
         if len(exceeds) == 1:   # this bound alone keeps it out
             (bound, (figure, limit)), = exceeds.items()
-            if bound not in near or figure < near[bound][0]: near[bound] = (figure, limit, r['artifact'])
-    if not near: return 'every artifact fails for more than one reason: ' + '; '.join(f"{r['artifact']}: {r['reason']}" for r in rows)
+            if figure is not None and math.isfinite(figure) and (bound not in near or figure < near[bound][0]): near[bound] = (figure, limit, r['artifact'])
+    if not near: return 'moving one bound alone would let nothing ship: ' + '; '.join(f"{r['artifact']}: {r['reason']}" for r in rows)
     bound, (figure, limit, artifact) = min(near.items(), key=lambda n: n[1][0]/max(n[1][1], 1e-9))
-    return f"the tightest bound is {bound}: {artifact} needs {figure:.4g}, the budget is {limit:.4g}; with {bound} {figure:.4g} it would ship"
+    enough = float(f'{figure:.4g}')
+    if enough < figure: enough += 10.0**(math.floor(math.log10(figure)) - 3)   # rounded up: with the number that is told it must ship
+    return f"the tightest bound is {bound}: {artifact} needs {enough:.4g}, the budget is {limit:.4g}; with {bound} {enough:.4g} it would ship"
 
 # %% ../nbs/22_choice.ipynb #9da57143
 def within_budget(rows: list, budget_ms: float) -> dict | None:
@@ -94,7 +95,7 @@ def front_figure(rows: list, budget_ms: float = 0):
                                     name={'': 'reference'}.get(verdict, verdict), error_y=dict(array=[r['high'] - r['value'] for r in some], arrayminus=[r['value'] - r['low'] for r in some], thickness=1))
     line = sorted((r for r in rows if r['artifact'] in front), key=lambda r: r['p95_ms'])
     figure.add_scatter(x=[r['p95_ms'] for r in line], y=[r['value'] for r in line], mode='lines', line=dict(dash='dot', color='grey'), name='front')
-    steps = sorted({round(r['p95_ms']*1.0001, 4) for r in rows} | ({budget_ms} if budget_ms else set()))
+    steps = sorted({math.ceil(r['p95_ms']*1.0001e4)/1e4 for r in rows} | ({budget_ms} if budget_ms else set()))
     shown = budget_ms or steps[-1]
     def at(budget):
         r = within_budget(rows, budget)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from .core import EdgenbError, progress, within
 from .runtime import Network, ready, size_mb
+from .runtimes.common import LEAST_EXAMPLES
 from .runtimes.onnx import OnnxRuntime, export_onnx, quantizable, smooth
 
 # %% ../nbs/20_search.ipynb #aefef4d8
@@ -164,6 +165,7 @@ def _try(r, network, variant, calibration, judge, path):
 def _rescued(network, branch, calibration, judge, folder):
     judged = [t for t in branch if t.loss is not None]
     if not judged: return Tried('onnxruntime', 'int8-mixed', 'int8', why='not tried: no 8-bit variant could be built')
+    if len(calibration) < LEAST_EXAMPLES: return Tried('onnxruntime', 'int8-mixed', 'int8', why=f'not tried: it needs at least {LEAST_EXAMPLES} calibration examples, got {len(calibration)}')
     with tempfile.TemporaryDirectory() as scratch:
         fp32 = export_onnx(network, Path(scratch)/'fp32.onnx')
         return rescue(fp32, min(judged, key=lambda t: t.loss).variant, calibration, judge, Path(folder)/'onnxruntime-int8-mixed.onnx')

@@ -202,9 +202,11 @@ def _device_facts(device, **_):
         facts += [os.cpu_count(), platform.processor(), next((l for l in info.read_text().splitlines() if l.startswith('model name')), '') if info.exists() else '']
     return {f'device {device}': digest_of(facts)}
 
-def answers(models: dict, pipeline, examples: list, negative: int) -> dict:   # name -> answer, or an `EdgenbError`
+def answers(models: dict,    # name -> function, or the `EdgenbError` that loading it ended in
+            pipeline, examples: list, negative: int) -> dict:   # name -> answer, or an `EdgenbError`
     "Each model's answer to the examples, through the pipeline; images are decoded once, some at a time. A model that cannot answer gives its error."
-    logits, failed = {n: [] for n in models}, {}
+    from edgenb.runtimes.common import reason
+    logits, failed = {n: [] for n in models}, {n: m for n, m in models.items() if isinstance(m, EdgenbError)}
     chunks = [examples[i:i + 64] for i in range(0, len(examples), 64)]
     for chunk in progress(chunks, desc='deciding on test images', unit='64 images'):
         inputs = np.stack([pipeline.before(e.read()) for e in chunk])
@@ -212,7 +214,14 @@ def answers(models: dict, pipeline, examples: list, negative: int) -> dict:   # 
             if n in failed: continue
             try: logits[n].append(model(inputs)['logits'])
             except EdgenbError as e: failed[n] = e
+            except Exception as e: failed[n] = EdgenbError(f'{type(e).__name__}: {reason(e)}')   # whatever an engine raises, it is that artifact's failure
     return {n: failed[n] if n in failed else pipeline.after({'logits': np.concatenate(l)}) | {'negative': negative} for n, l in logits.items()}
+
+def _loaded(artifact):
+    "An artifact's model, or the error that loading it ends in: that is a verdict on it, not on the others."
+    from edgenb.runtime import runtime
+    try: return runtime(artifact['runtime']).load(artifact['path'])
+    except EdgenbError as e: return e
 
 def measured(candidates: list, budget_ms: float, **kw) -> dict:   # artifact -> row of figures
     "`measure_all`, candidates taking turns; for those whose p95 is over the budget the middle one of three tries, so that a busy moment is no verdict."
@@ -236,24 +245,27 @@ def over_budget(row: dict, budgets: dict) -> dict:   # {bound: [figure, limit]}
     "The bounds that a row exceeds; a budget of 0 is none, and a figure that is not known exceeds nothing."
     return {BOUNDS[k][0]: [row[BOUNDS[k][1]], limit] for k, limit in budgets.items() if limit and row.get(BOUNDS[k][1]) is not None and row[BOUNDS[k][1]] > limit}
 
-def _judged(row, p, runtime, device, budgets, parameters):
-    "Verdict and reason of an artifact: parity first, then the device, then the budgets."
-    wrong, unknown, over = [p.reason] if p.verdict == 'fail' else [], [], {}
-    if p.verdict == 'fail': over[f'loss of {p.metric}'] = [abs(p.delta), p.delta_high]
-    need = fit({'parameters': parameters, 'precision': row['precision']}, device)
-    if runtime not in device.runtimes: wrong.append(f'{device.name} does not run {runtime}'); over['runtime'] = [1, 0]
+def _known(row, device, budgets, parameters, runs_here=True):
+    "What speaks against an artifact without running it: reasons, and the bounds exceeded."
+    wrong, over, need = [], {}, fit({'parameters': parameters, 'precision': row['precision']}, device)
+    if row['runtime'] not in device.runtimes and (runs_here or device.name != 'local'): wrong.append(f"{device.name} does not run {row['runtime']}"); over['runtime'] = [None, None]
     if need.fits is False: wrong.append(need.reason); over['memory'] = [need.needed_mb, device.memory_mb or 0]
+    large = over_budget(row, {'size_budget_mb': budgets['size_budget_mb']})
+    return wrong + [f'{bound}: {figure:.4g}, the budget is {limit:.4g}' for bound, (figure, limit) in large.items()], over | large
+
+def _judged(row, p, device, budgets, parameters, tolerance):
+    "Verdict and reason of an artifact: parity first, then the device, then the budgets."
+    wrong, over = _known(row, device, budgets, parameters)
+    if p.verdict == 'fail':
+        wrong = [p.reason, *wrong]
+        over[f'loss of {p.metric}'] = [max(-find_metric(p.metric)[1]*d for d in (p.delta_low, p.delta_high)), tolerance]   # it passes where its bound is within
     if device.name == 'local':
-        found = over_budget(row, budgets | ({'memory_budget_mb': min(budgets['memory_budget_mb'] or math.inf, device.memory_mb)} if device.memory_mb else {}))
+        found = over_budget(row, budgets | {'size_budget_mb': 0, 'memory_budget_mb': min(budgets['memory_budget_mb'] or math.inf, device.memory_mb or math.inf)})
         wrong += [f'{bound}: {figure:.4g}, the budget is {limit:.4g}' + (' (if this machine was busy: delete the card of verify and run again)' if 'latency' in bound else '') for bound, (figure, limit) in found.items()]
         over |= found
-    else:
-        over |= over_budget(row, {'size_budget_mb': budgets['size_budget_mb']})
-        if over.get(BOUNDS['size_budget_mb'][0]): wrong.append(f"{row['size_mb']} MB on disk, the budget is {budgets['size_budget_mb']}")
-        unknown.append(f'latency was measured here, not on {device.name} (edgenb verify --on ssh://... measures there)')
     if wrong: return {'verdict': 'fail', 'reason': '; '.join(wrong), 'over': over}
-    if unknown and p.verdict == 'pass': return {'verdict': 'not run here', 'reason': '; '.join(unknown), 'over': {}}
-    return {'verdict': p.verdict, 'reason': p.reason, 'over': {}}
+    if device.name != 'local' and p.verdict == 'pass': return {'verdict': 'not run here', 'reason': f'latency was measured here, not on {device.name} (edgenb verify --on ssh://... measures there)'}
+    return {}
 
 def _blamed(row, built, examples):
     "Which layer is to blame for an artifact that fails, in words; '' where it cannot be told."
@@ -294,7 +306,7 @@ def verify(run,
     hop = {'artifact': 'squeezed', 'runtime': 'torch', 'precision': 'fp32', 'path': run.file('squeeze', 'squeezed.safetensors'), 'runs_here': True}
     built = [a | {'path': run.file('compile', a['file'])} for a in run.card('compile').result['artifacts']]
     here = [a for a in built if a['runs_here']]
-    kept = answers({'reference': runtime('torch').load(reference['path']), 'squeezed': torch_callable(squeezed(run)[0]), **{a['artifact']: runtime(a['runtime']).load(a['path']) for a in here}}, pipeline, tests, negative)
+    kept = answers({'reference': runtime('torch').load(reference['path']), 'squeezed': torch_callable(squeezed(run)[0]), **{a['artifact']: _loaded(a) for a in here}}, pipeline, tests, negative)
     figures = measured([{'artifact': a['artifact'], 'runtime': a['runtime'], 'file': a['path'], 'pipeline': run.file('tune', 'pipeline.json'), 'inputs': [e.path for e in tests[:50]]} for a in (reference, *here)],
                        latency_budget_ms, runs=timing_runs, num_threads=num_threads, power_w=about.power_w if device == 'local' else ())
     rows = [_row(a, kept, figures, y, pipeline, tests, about, budgets, run.card('squeeze').result['parameters'], built, metric, tolerance, confidence, seed) for a in (reference, hop, *built)]
@@ -314,10 +326,12 @@ def _row(a, kept, figures, y, pipeline, tests, device, budgets, parameters, buil
     name, answer, told = a['artifact'], kept.get(a['artifact']), figures.get(a['artifact'], {})
     row = {'artifact': name, 'runtime': a['runtime'], 'precision': a['precision'], 'device': device.name, 'metric': metric, **dict.fromkeys(('value', 'low', 'high', 'delta', 'delta_low', 'delta_high')),
            **{k: told.get(k) for k in FIGURES}, 'size_mb': size_mb(a['path']), 'flipped': [], 'needed': 0, 'also': {m: dict.fromkeys(('value', 'low', 'high')) for m in METRICS}, 'over': {}}
-    if not a['runs_here']: return row | {'verdict': 'not run here', 'reason': runtime(a['runtime']).missing()}
+    if not a['runs_here']:
+        wrong, over = _known(row, device, budgets, parameters, runs_here=False)
+        return row | {'verdict': 'fail' if wrong else 'not run here', 'reason': '; '.join(wrong) or runtime(a['runtime']).missing(), 'over': over}
     if not isinstance(answer, dict) or told.get('error'):
         why = told.get('error') or str(answer)
-        return row | {'verdict': 'fail', 'reason': f'it cannot decide: {why}', 'over': {'runs': [1, 0], 'answers': [1, 0]}}
+        return row | {'verdict': 'fail', 'reason': f'it cannot decide: {why}', 'over': {'answers': [None, None]}}
     p = parity(kept['reference'], answer, (None, y), metric, tolerance, confidence, seed=seed)
     row |= {k: getattr(p, k) for k in ('value', 'low', 'high', 'delta', 'delta_low', 'delta_high')}
     row |= {'verdict': p.verdict, 'reason': p.reason, 'flipped': [tests[i].id for i in p.flipped], 'needed': p.needed, 'per_class': per_class(y, kept['reference'], answer, pipeline.classes, confidence),
@@ -325,7 +339,7 @@ def _row(a, kept, figures, y, pipeline, tests, device, budgets, parameters, buil
             'also': {m: dict(zip(('value', 'low', 'high'), interval(y, answer, m, confidence, seed))) for m in METRICS}}
     if name == 'reference': row |= {'reason': 'what the others are compared with'}
     elif a['runtime'] != 'torch':
-        row |= _judged(row, p, a['runtime'], device, budgets, parameters)
+        row |= _judged(row, p, device, budgets, parameters, tolerance)
         if p.verdict == 'fail' and (blame := _blamed(row, built, [{'image': pipeline.before(tests[i].read())[None]} for i in range(min(4, len(tests)))])): row |= {'reason': f"{row['reason']}; {blame}"}
     return _finite(row)
 

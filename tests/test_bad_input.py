@@ -361,7 +361,7 @@ WRONG_NAMES = [
     ('squeeze', {'precisions': ['int9']}, 'Did you mean int8?'), ('squeeze', {'precisions': []}, 'at least one precision'),
     ('compile', {'runtimes': ['onxruntime']}, 'Did you mean onnxruntime?'), ('compile', {'runtimes': []}, 'runtime'),
     ('compile', {'runtimes': 3}, 'runtimes'),
-    ('verify', {'metric': 'acuracy'}, 'Did you mean accuracy'), ('verify', {'device': 'jetson-orin'}, 'Did you mean jetson-orin-nano?'),
+    ('verify', {'metric': 'acuracy'}, 'Did you mean accuracy'), ('verify', {'device': 'jetson-orin'}, 'Did you mean jetson-agx-orin or jetson-orin-nano?'),
     ('ship', {'artifact': 'onnxruntime-fp23'}, 'onnxruntime-fp32'), ('ship', {'artifact': 'reference'}, 'onnxruntime-fp32'),
     ('ship', {'accept': ['fail']}, 'cannot be accepted'),
     ('watch', {'shifts': ['blured']}, 'Did you mean blurred?'), ('watch', {'groups': ['polly']}, 'polly'),

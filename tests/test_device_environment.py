@@ -108,3 +108,22 @@ def test_the_command_line_decides_line_by_line_and_names_what_it_cannot_decide(d
     (damaged/'model.onnx').write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     done = predict(damaged, *some)
     assert done.returncode == 2 and done.stdout == '' and len(done.stderr.strip().splitlines()) == 1 and 'model.onnx' in done.stderr
+
+
+def test_a_device_measures_and_questions_a_bundle_with_the_base_install(device, shipped):
+    bundle, images = shipped
+    def verify(*arguments):
+        return subprocess.run([str(device/'venv'/'bin'/'edgenb'), 'verify', *map(str, arguments)], capture_output=True, text=True, cwd=device)
+    done = verify(bundle, '--images', *images[:3], images[-1].parent, '--runs', 5, '--json')
+    assert done.returncode == 0, done.stderr
+    found, here = json.loads(done.stdout), load_bundle(bundle)
+    asked = [*images[:3], *sorted(images[-1].parent.iterdir())]
+    assert found['images'] == [str(i) for i in asked] and found['answers']['score'] == pytest.approx(here.answer(asked)['score'].tolist(), abs=1e-5)
+    row, = found['rows']
+    assert (row['artifact'], row['runs'], row['error']) == (here.manifest['artifact'], 5, None) and 0 < row['p50_ms'] <= row['p95_ms'] and row['rss_mb'] > 0
+
+    done = verify(bundle, '--images', images[0], '--runs', 5)
+    assert done.returncode == 0 and 'decision   p50' in done.stdout and 'verdict' not in done.stdout      # nobody told it what is right
+    for arguments, words in [((bundle,), 'pass image files'), ((bundle, '--images', device/'nowhere.png'), 'nowhere.png does not exist'), ((images[0].parent, '--images', images[0]), 'is not a bundle')]:
+        done = verify(*arguments)
+        assert done.returncode == 2 and done.stdout == '' and words in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -7,12 +7,12 @@ __all__ = ['OPSET', 'QUANTIZED', 'quiet', 'export_onnx', 'ready', 'tensor_ranges
            'quantize_weights', 'half', 'smooth', 'quantizable', 'opset_of', 'signed_is_slow', 'OnnxRuntime']
 
 # %% ../../nbs/runtimes/onnx.ipynb #94f98d2d
-import contextlib, logging, os, tempfile
+import contextlib, logging, re, tempfile
 from pathlib import Path
 import numpy as np
-from ..core import EdgenbError
+from ..core import EdgenbError, write_atomic
 from ..runtime import Network, Runtime, Variant, one_at_a_time
-from .common import checked
+from .common import checked, replacing
 
 # %% ../../nbs/runtimes/onnx.ipynb #c9943691
 OPSET = 18
@@ -48,9 +48,7 @@ def export_onnx(network: Network, path: Path) -> Path:
             for noise in ('pkg.torch.onnx.stack_trace', 'pkg.torch.onnx.fx_node', 'namespace'): node.metadata_props.pop(noise, None)   # paths of this machine among them
             for value in node.outputs:
                 if value.name in given and not value.is_graph_output(): value.name += '_inside'   # the exporter names layers by their operation, e.g. 'embedding'
-        temporary = Path(path).with_suffix('.tmp')
-        program.save(str(temporary))
-    os.replace(temporary, path)
+        with replacing(path) as whole: program.save(str(whole))
     return Path(path)
 
 def _shared(shapes, network):
@@ -183,9 +181,7 @@ def _reach(model, activations, calibration):
 
 def _save(model, path):
     import onnx
-    temporary = Path(path).with_suffix('.tmp')
-    onnx.save(model, str(temporary))
-    os.replace(temporary, path)
+    with replacing(path) as whole: onnx.save(model, str(whole))
 
 # %% ../../nbs/runtimes/onnx.ipynb #84098916
 def quantizable(path: Path) -> list:   # of (node name, operation), in the order of execution
@@ -232,14 +228,14 @@ class OnnxRuntime(Runtime):
         "`build` from an FP32 ONNX file; `kept`, a dict, remembers what was prepared and calibrated for the next call."
         v, kept = cls.variants[variant], {} if kept is None else kept
         options = dict(v.options)
-        if variant == 'fp32': Path(path).write_bytes(Path(fp32).read_bytes()); return Path(path)
+        if variant == 'fp32': return write_atomic(path, Path(fp32).read_bytes())
         if variant == 'fp16': return half(fp32, path) or Path(path)
         with tempfile.TemporaryDirectory(dir=Path(path).parent) as scratch:
             if 'prepared' not in kept: kept['prepared'] = ready(fp32, Path(scratch)/'ready.onnx').read_bytes()
             prepared = Path(scratch)/'prepared.onnx'
             prepared.write_bytes(kept['prepared'])
             try: return cls._quantize(prepared, variant, options, calibration, path, keep, only, kept)
-            except EdgenbError: raise
+            except (EdgenbError, OSError): raise   # a full disk is no reason to choose another variant
             except Exception as e: raise EdgenbError(f'onnxruntime {variant}: its quantizer failed ({type(e).__name__}: {str(e).splitlines()[0][:200]}): choose another variant') from e
 
     @staticmethod
@@ -289,6 +285,6 @@ def _session(path, num_threads, optimise=True):
     if not optimise: options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try: return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     except Exception as e:
-        said = str(e).splitlines()[0]
-        advice = f'export it with opset {OPSET}, or install a newer onnxruntime' if 'opset' in said.lower() else 'copy it again, or build it again'
+        said = re.sub(r'^.* failed: ?(/\S+ .*\) )?', '', str(e).splitlines()[0])   # without the places in its source
+        advice = f'export it with opset {OPSET}, or install a newer onnxruntime' if re.search('opset|IR version', said, re.I) else 'copy it again, or build it again'
         raise EdgenbError(f'{path} cannot be loaded by onnxruntime {onnxruntime.__version__} ({said[:200]}): {advice}') from None
