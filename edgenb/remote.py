@@ -179,7 +179,7 @@ def verify_bundle(path: str | Path,        # of a bundle, or of a run that shipp
     found = remote_measure(on, bundle, files, python, keep, **choices) if on else local_measure(bundle, files, **choices)
     row, steps = found['rows'][0], {k.removeprefix(STEP): found['answers'].pop(k) for k in list(found['answers']) if k.startswith(STEP)}
     if row['error']: raise EdgenbError(f"{on or 'this machine'}: {row['artifact']}: {row['error']}")
-    if on: found['first_step_apart'] = first_apart(step_outputs(Pipeline.load(bundle/'pipeline.json'), files[0]), steps)
+    if on and steps: found['first_step_apart'] = first_apart(step_outputs(Pipeline.load(bundle/'pipeline.json'), files[0]), steps)
     if run: found['parity'] = judge(run, found['answers'])
     elif on:
         here = local_measure(bundle, files, runs=1, warm_up=0, batches=())
