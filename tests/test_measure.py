@@ -457,7 +457,7 @@ def test_a_device_answers_over_ssh_exactly_as_this_machine_and_keeps_nothing(dev
     assert not any((device[1]/'there').iterdir())
 
 
-def test_the_first_step_that_a_device_does_differently_is_named(tmp_path, images, monkeypatch):
+def test_the_first_step_that_a_device_does_differently_is_named(actor, tmp_path, images, monkeypatch):
     from edgenb.remote import STEP, report_text
     bundle, files = make_bundle(tmp_path/'bundle'), sorted((images/'some').iterdir())
     here = quickly(local_measure, bundle, files)
