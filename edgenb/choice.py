@@ -76,7 +76,7 @@ def tightest(rows: list   # failing rows; `over` {bound: (figure, limit)} says w
 
 # %% ../nbs/22_choice.ipynb #9da57143
 def within_budget(rows: list, budget_ms: float) -> dict | None:
-    "The row with the best value among those that may ship within a latency budget; of equals, the fastest."
+    "The row with the best value among those that may ship within a latency budget (p95, ms); of equals, the fastest; None if there is none."
     may = [r for r in rows if r['runtime'] != 'torch' and r['verdict'] != 'fail' and r['p95_ms'] is not None and r['p95_ms'] <= budget_ms]
     return max(may, key=lambda r: (r['value'], -r['p95_ms'])) if may else None
 
