@@ -2,10 +2,12 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'edgenb'},
   'syms': { 'edgenb.bisect': { 'edgenb.bisect.culprit': ('bisect.html#culprit', 'edgenb/bisect.py'),
+                               'edgenb.bisect.first_apart': ('bisect.html#first_apart', 'edgenb/bisect.py'),
                                'edgenb.bisect.first_step': ('bisect.html#first_step', 'edgenb/bisect.py'),
                                'edgenb.bisect.in_words': ('bisect.html#in_words', 'edgenb/bisect.py'),
                                'edgenb.bisect.layer_errors': ('bisect.html#layer_errors', 'edgenb/bisect.py'),
-                               'edgenb.bisect.relative_error': ('bisect.html#relative_error', 'edgenb/bisect.py')},
+                               'edgenb.bisect.relative_error': ('bisect.html#relative_error', 'edgenb/bisect.py'),
+                               'edgenb.bisect.step_outputs': ('bisect.html#step_outputs', 'edgenb/bisect.py')},
             'edgenb.certificate': { 'edgenb.certificate.Duplicates': ('certificate.html#duplicates', 'edgenb/certificate.py'),
                                     'edgenb.certificate._gate': ('certificate.html#_gate', 'edgenb/certificate.py'),
                                     'edgenb.certificate._leaks': ('certificate.html#_leaks', 'edgenb/certificate.py'),

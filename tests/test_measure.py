@@ -457,6 +457,16 @@ def test_a_device_answers_over_ssh_exactly_as_this_machine_and_keeps_nothing(dev
     assert not any((device[1]/'there').iterdir())
 
 
+def test_the_first_step_that_a_device_does_differently_is_named(actor, tmp_path, images, monkeypatch):
+    from edgenb.remote import STEP, report_text
+    bundle, files = make_bundle(tmp_path/'bundle'), sorted((images/'some').iterdir())
+    here = quickly(local_measure, bundle, files)
+    other = {k: v + 3 if k in (f'{STEP}resize', f'{STEP}to_tensor') else v for k, v in here['answers'].items()}
+    monkeypatch.setattr('edgenb.remote.remote_measure', lambda *a, **kw: here | {'rows': [dict(here['rows'][0])], 'answers': dict(other)})
+    found = verify_bundle(bundle, files, 'ssh://elsewhere')
+    assert found['first_step_apart']['step'] == 'resize' and 'resize gives something else than here' in report_text(found)
+
+
 def test_files_are_kept_on_the_device_when_asked(device, client, tmp_path, images):
     found = quickly(remote_measure, device[0], make_bundle(tmp_path/'bundle'), sorted((images/'some').iterdir()), sys.executable, keep=True)
     kept = device[1]/'there'/found['kept']
@@ -504,7 +514,7 @@ def test_the_command_verifies_on_a_device(device, client, tmp_path, images, caps
     common = ['verify', bundle, '--images', str(images), '--on', device[0], '--python', sys.executable, '--runs', '5']
     assert main(common) == 0
     out = capsys.readouterr().out
-    assert 'agreement  9 of 9 images decided as on this machine, scores differ by at most 0' in out and 'p95' in out
+    assert 'agreement  9 of 9 images decided as on this machine, scores differ by at most 0' in out and 'p95' in out and 'each step before the model gives what it gives here' in out
     assert main([*common, '--json', '--slowdown', '2']) == 0
     found = json.loads(capsys.readouterr().out)
     assert found['rows'][0]['emulated'].startswith('2.0x slower') and len(found['answers']['score']) == 9
