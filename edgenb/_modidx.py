@@ -288,6 +288,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'edgenb.runtime.Variant': ('runtime.html#variant', 'edgenb/runtime.py'),
                                 'edgenb.runtime._others': ('runtime.html#_others', 'edgenb/runtime.py'),
                                 'edgenb.runtime._present': ('runtime.html#_present', 'edgenb/runtime.py'),
+                                'edgenb.runtime.facts_table': ('runtime.html#facts_table', 'edgenb/runtime.py'),
                                 'edgenb.runtime.one_at_a_time': ('runtime.html#one_at_a_time', 'edgenb/runtime.py'),
                                 'edgenb.runtime.ready': ('runtime.html#ready', 'edgenb/runtime.py'),
                                 'edgenb.runtime.runtime': ('runtime.html#runtime', 'edgenb/runtime.py'),

@@ -51,7 +51,7 @@ def ladder(network: Network,
            full: bool = True,          # build and judge every variant, also those known to break networks
            timing_runs: int = 200, num_threads: int = 1, confidence: float = 0.95, seed: int = 0
           ) -> dict:                   # {'rows': as in the parity report, 'tried': of `Tried`, 'choice': a `Choice`}
-    "Build, screen, judge, measure and choose."
+    "Build, screen, judge, measure and choose. Speed is that of the model alone (its arrays to its outputs), of one example a call; `EdgenbError` for an unknown runtime or metric, or without examples."
     within('ladder', 0, 1, tolerance=tolerance)
     if not test[0] or not validation[0]: raise EdgenbError('ladder: there are no validation or no test examples')
     with tempfile.TemporaryDirectory() as scratch:
