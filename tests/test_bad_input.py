@@ -358,7 +358,7 @@ WRONG_NAMES = [
     ('tune', {'augmentations': ['filp']}, 'Did you mean flip?'),
     ('tune', {'model_name_or_path': 'bundled:efficientnet-lite'}, 'bundled:efficientnet-lite0'),
     ('tune', {'accept_gates': ['label acuracy']}, 'label accuracy'),
-    ('squeeze', {'precisions': ['int9']}, 'Did you mean int8?'), ('squeeze', {'precisions': []}, 'at least one precision'),
+    ('squeeze', {'precisions': ['int9']}, 'Did you mean int8 or int4?'), ('squeeze', {'precisions': []}, 'at least one precision'),
     ('compile', {'runtimes': ['onxruntime']}, 'Did you mean onnxruntime?'), ('compile', {'runtimes': []}, 'runtime'),
     ('compile', {'runtimes': 3}, 'runtimes'),
     ('verify', {'metric': 'acuracy'}, 'Did you mean accuracy'), ('verify', {'device': 'jetson-orin'}, 'Did you mean jetson-agx-orin or jetson-orin-nano?'),
