@@ -278,6 +278,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'edgenb.remote.ssh_command': ('remote.html#ssh_command', 'edgenb/remote.py'),
                                'edgenb.remote.verify_bundle': ('remote.html#verify_bundle', 'edgenb/remote.py')},
             'edgenb.runtime': { 'edgenb.runtime.Network': ('runtime.html#network', 'edgenb/runtime.py'),
+                                'edgenb.runtime.Network.__post_init__': ('runtime.html#network.__post_init__', 'edgenb/runtime.py'),
                                 'edgenb.runtime.Runtime': ('runtime.html#runtime', 'edgenb/runtime.py'),
                                 'edgenb.runtime.Runtime.__init_subclass__': ('runtime.html#runtime.__init_subclass__', 'edgenb/runtime.py'),
                                 'edgenb.runtime.Runtime.build': ('runtime.html#runtime.build', 'edgenb/runtime.py'),

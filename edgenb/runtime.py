@@ -22,6 +22,8 @@ class Network:
     outputs: tuple                                 # names of what it gives
     dynamic: dict = field(default_factory=dict)    # input name -> {axis: name of the dimension}, besides the batch
 
+    def __post_init__(self): object.__setattr__(self, 'inputs', {k: np.array(v, order='C').reshape(np.shape(v)) + 0 for k, v in self.inputs.items()})   # x[None] has a stride of 0, which some exporters refuse
+
 # %% ../nbs/18_runtime.ipynb #e828dd6f
 @dataclass(frozen=True)
 class Variant:
