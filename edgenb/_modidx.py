@@ -300,6 +300,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'edgenb/runtimes/common.py'),
                                         'edgenb.runtimes.common.native_output': ( 'runtimes/common.html#native_output',
                                                                                   'edgenb/runtimes/common.py'),
+                                        'edgenb.runtimes.common.plain_progress': ( 'runtimes/common.html#plain_progress',
+                                                                                   'edgenb/runtimes/common.py'),
                                         'edgenb.runtimes.common.reason': ('runtimes/common.html#reason', 'edgenb/runtimes/common.py'),
                                         'edgenb.runtimes.common.replacing': ( 'runtimes/common.html#replacing',
                                                                               'edgenb/runtimes/common.py')},

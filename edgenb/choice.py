@@ -88,7 +88,7 @@ def front_figure(rows: list, budget_ms: float = 0):
     if not rows: raise EdgenbError('front_figure: no row was measured')
     front = pareto([r for r in rows if r['verdict'] != 'fail'], {'value': 1, 'p95_ms': -1})
     metric = rows[0]['metric']
-    figure = go.Figure(layout=dict(template='plotly_white', width=760, height=480, xaxis_title='latency p95, ms (its bytes to the decision)', yaxis_title=f'{metric} on the test set', xaxis_type='log'))
+    figure = go.Figure(layout=dict(template='plotly_white', width=760, height=480, xaxis_title='latency p95 of a decision, ms', yaxis_title=f'{metric} on the test set', xaxis_type='log'))
     for verdict, colour in (('pass', 'seagreen'), ('undecided', 'goldenrod'), ('fail', 'crimson'), ('', 'grey')):
         some = [r for r in rows if (r['verdict'] if r['runtime'] != 'torch' else '') == verdict]
         if some: figure.add_scatter(x=[r['p95_ms'] for r in some], y=[r['value'] for r in some], mode='markers+text', text=[r['artifact'] for r in some], textposition='top center', marker=dict(size=10, color=colour),

@@ -84,7 +84,7 @@ def _row(t, tried, reference, answer, examples, y, figures, metric, tolerance, c
     except EdgenbError as e: return row | {'verdict': 'fail', 'reason': f'it cannot decide: {e}'}
     p = parity(reference, found, (None, y), metric, tolerance, confidence, seed=seed)
     row |= {k: getattr(p, k) for k in ('value', 'low', 'high', 'delta', 'delta_low', 'delta_high', 'verdict', 'reason')}
-    if p.verdict == 'fail': row |= {'over': {f'loss of {metric}': [abs(p.delta), tolerance]}, 'reason': f'{p.reason}{_blame(t, tried, examples)}'}
+    if p.verdict == 'fail': row |= {'over': {f'loss of {metric}': [max(-find_metric(metric)[1]*d for d in (p.delta_low, p.delta_high)), tolerance]}, 'reason': f'{p.reason}{_blame(t, tried, examples)}'}
     return row | {'agreement': agreement(y, reference, found) if metric != 'accuracy' else None}
 
 def _blame(t, tried, examples):
