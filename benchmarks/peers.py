@@ -137,7 +137,7 @@ def judged(run, candidates, timing_runs):
                           runs=timing_runs, num_threads=1, batches=(), bar=progress)
     rows = []
     for (name, r, path), figure in zip(candidates, figures):
-        row = {'artifact': name, 'runtime': r, 'size_mb': size_mb(path), **{k: figure[k] for k in ('p50_ms', 'p95_ms', 'model_p50_ms', 'model_p95_ms', 'rss_mb', 'energy_mj', 'spread', 'busy')}}
+        row = {'artifact': name, 'runtime': r, 'size_mb': size_mb(path), **{k: figure[k] for k in ('p50_ms', 'p95_ms', 'model_p50_ms', 'model_p95_ms', 'rss_mb', 'energy_mj', 'cpu_ms', 'spread')}}
         why = figure['error'] or (kept[name] if isinstance(kept[name], EdgenbError) else '')
         if why: rows.append(row | {'value': None, 'verdict': 'fail', 'reason': f'it cannot decide: {why}', 'over': {}}); continue
         p = parity(next(iter(kept.values())), kept[name], (None, y), METRIC, TOLERANCE)
@@ -146,17 +146,17 @@ def judged(run, candidates, timing_runs):
 
 
 def table(rows, chosen):
-    "Markdown; the ratios are of the model alone, and in brackets from the file's bytes to the decision."
+    "Markdown; the ratios are of the model alone, and in brackets from the file's bytes to the decision; CPU time is of the latter, and the figure to trust where the machine was busy."
     by_name = {r['artifact']: r for r in rows}
     def ratio(r, c): return '–' if not c or None in (r['p50_ms'], by_name[c]['p50_ms']) else f"{by_name[c]['model_p50_ms']/r['model_p50_ms']:.2f} ({by_name[c]['p50_ms']/r['p50_ms']:.2f})"
     ships = {'pass': 'yes', 'undecided': 'only if accepted by name', 'fail': '**no**'}
     heads = [f'{c or "nothing"} / this' for c in chosen]
-    out = [f"| artifact | MB | {METRIC} | AUC | difference | model p50 / p95 ms | whole p50 / p95 ms | {' | '.join(heads)} | would edgenb let it ship? |", '|' + '---|'*(8 + len(heads))]
+    out = [f"| artifact | MB | {METRIC} | AUC | difference | model p50 / p95 ms | whole p50 / p95 ms | CPU ms | {' | '.join(heads)} | would edgenb let it ship? |", '|' + '---|'*(9 + len(heads))]
     for i, r in enumerate(rows):
         said = 'the reference' if i == 0 else f"{ships[r['verdict']]}: {r['reason']}"
         quality = ['–']*3 if r['value'] is None else [f"{r['value']:.4f} [{r['low']:.4f}, {r['high']:.4f}]", '{:.4f} [{:.4f}, {:.4f}]'.format(*r['auc']),
                                                       f"{r['delta']:+.4f} [{r['delta_low']:+.4f}, {r['delta_high']:+.4f}]" if i else '']
-        times = ['–']*2 if r['p50_ms'] is None else [f"{r['model_p50_ms']:.2f} / {r['model_p95_ms']:.2f}", f"{r['p50_ms']:.2f} / {r['p95_ms']:.2f}"]
+        times = ['–']*3 if r['p50_ms'] is None else [f"{r['model_p50_ms']:.2f} / {r['model_p95_ms']:.2f}", f"{r['p50_ms']:.2f} / {r['p95_ms']:.2f}", f"{r['cpu_ms']:.2f}"]
         name = f"**{r['artifact']}**" if r['artifact'] in chosen else r['artifact']
         out.append(' | '.join([f"| {name} | {r['size_mb']:.2f}", *quality, *times, *(ratio(r, c) for c in chosen), f'{said} |']))
     return '\n'.join(out)
