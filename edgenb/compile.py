@@ -87,7 +87,7 @@ def compile(run,
     for t in tried:
         if t.path is not None and not (t.holds or full): _remove(t.path); t.path = None
     artifacts = [{'artifact': t.artifact, 'runtime': t.runtime, 'variant': t.variant, 'precision': t.precision, 'file': t.path.name, 'size_mb': t.size_mb,
-                  'runs_here': not runtime(t.runtime).missing(), 'layers_in_fp32': t.keep} for t in tried if t.path is not None]
+                  'runs_here': not runtime(t.runtime).missing(), 'layers_in_fp32': t.keep, 'refused': '' if t.holds else t.why} for t in tried if t.path is not None]
     if not artifacts: raise EdgenbError('compile: nothing that holds could be built. ' + '; '.join(f'{t.artifact}: {t.why}' for t in tried if not t.why.startswith('not tried')))
     return {'artifacts': artifacts, 'opset': onnx.OPSET,
             'tried': [{'artifact': t.artifact, 'runtime': t.runtime, 'precision': t.precision, 'holds': t.holds, 'why': t.why, 'seconds': round(t.seconds, 2),

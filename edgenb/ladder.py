@@ -81,16 +81,17 @@ def _row(t, tried, reference, answer, examples, y, figures, metric, tolerance, c
     if why := runtime(t.runtime).missing(): return row | {'verdict': 'not run here', 'reason': why}
     if told.get('error'): return row | {'verdict': 'fail', 'reason': f"it cannot decide: {told['error']}"}
     try: found = {'negative': 0} | answer(runtime(t.runtime).load(t.path), examples)
-    except EdgenbError as e: return row | {'verdict': 'fail', 'reason': f'it cannot decide: {e}'}
+    except Exception as e: return row | {'verdict': 'fail', 'reason': f'it cannot decide: {e}'}
     p = parity(reference, found, (None, y), metric, tolerance, confidence, seed=seed)
     row |= {k: getattr(p, k) for k in ('value', 'low', 'high', 'delta', 'delta_low', 'delta_high', 'verdict', 'reason')}
     if p.verdict == 'fail': row |= {'over': {f'loss of {metric}': [max(-find_metric(metric)[1]*d for d in (p.delta_low, p.delta_high)), tolerance]}, 'reason': f'{p.reason}{_blame(t, tried, examples)}'}
+    if not t.holds: row |= {'verdict': 'fail', 'over': {'validation': [None, None]}, 'reason': f'refused on validation examples: {t.why}' + ('' if p.verdict == 'pass' else f"; {row['reason']}")}   # test examples do not choose
     return row | {'agreement': agreement(y, reference, found) if metric != 'accuracy' else None}
 
 def _blame(t, tried, examples):
     fp32 = next((o for o in tried if o.runtime == t.runtime and o.variant == 'fp32' and o.path is not None), None)
     try: errors = layer_errors(t.runtime, fp32.path, t.path, examples[:4]) if fp32 is not None and fp32 is not t else []
-    except EdgenbError: errors = []
+    except Exception: errors = []   # naming the layer is a service, not a verdict
     return f'; {in_words(culprit(errors))}' if errors else ''
 
 def ladder_table(found: dict) -> str:

@@ -309,10 +309,10 @@ class Measured:
         self.candidate, self.timeout_s, self.limits = candidate, timeout_s, limits
         self.error, self.process, self.blocks, self.batch_ms, self.batch_why, self.energy, self.answers = '', None, [], {}, '', None, None
 
-    def ask(self, do, **request):
-        "The reply, or None from a candidate that has ended."
+    def ask(self, do, patience=1, **request):
+        "The reply, or None from a candidate that has ended; `patience` times the usual timeout is waited for it."
         if self.error: return None
-        try: return self.process.ask(do, self.timeout_s, **request)
+        try: return self.process.ask(do, self.timeout_s*patience, **request)
         except Gone as e: self.error = str(e)
 
     def start(self, warm_up, num_threads):
@@ -320,6 +320,7 @@ class Measured:
         self.process = Process(self.limits.get('memory_mb'))
         c = self.candidate
         inputs = [str(p) for p in c['inputs']] if c.get('pipeline') else str(c['inputs'])
+        self.inputs = len(inputs) if isinstance(inputs, list) else 20
         self.first = self.ask('first', runtime=c['runtime'], file=str(c['file']), pipeline=str(c['pipeline']) if c.get('pipeline') else None, inputs=inputs,
                               num_threads=num_threads, cores=self.limits.get('cores'))
         if warm_up: self.ask('block', n=warm_up)
@@ -393,7 +394,7 @@ def measure_all(candidates: list,               # of {'artifact', 'runtime', 'fi
             for s in shuffled(): s.block(n)
         why = 'a slower machine is emulated' if 'slowdown' in limits else measure_energy(subjects)
         for i, s in enumerate(subjects):
-            if answers is not None and s.ask('answer', to=str(Path(answers)/f'{i}.npz')): s.answers = str(Path(answers)/f'{i}.npz')
+            if answers is not None and s.ask('answer', max(1, s.inputs/20), to=str(Path(answers)/f'{i}.npz')): s.answers = str(Path(answers)/f'{i}.npz')
         for size in batches:
             for s in shuffled(): s.batch(size)
         return [s.row(why, power_w, threads=num_threads, busy=busy, emulated=emulated) for s in subjects]

@@ -11,9 +11,9 @@ import tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
-from .core import EdgenbError, progress, within
+from .core import FILE_ADVICE, EdgenbError, progress, within
 from .runtime import Network, ready, size_mb
-from .runtimes.common import LEAST_EXAMPLES
+from .runtimes.common import LEAST_EXAMPLES, reason
 from .runtimes.onnx import OnnxRuntime, export_onnx, quantizable, smooth
 
 # %% ../nbs/20_search.ipynb #aefef4d8
@@ -135,8 +135,8 @@ def search(network: Network,
           ) -> list:                # of Tried, one for every variant of the runtimes at these precisions
     "Build variants, cheapest first; the first of a runtime and precision that holds ends that branch. Where none of 8 bits holds, `rescue`."
     found = []
-    for name in runtimes:
-        r = ready(name, build=True)
+    engines = [ready(name, build=True) for name in runtimes]   # refuse before anything is built
+    for name, r in zip(runtimes, engines):
         for precision in precisions:
             names = [v for v in r.variants if r.variants[v].precision == precision]
             branch: list = []
@@ -158,7 +158,9 @@ def _try(r, network, variant, calibration, judge, path):
         else:
             judgement = judge(r.load(tried.path))
             tried.loss, tried.holds, tried.why = judgement.loss, judgement.holds, judgement.why
-    except EdgenbError as e: tried.why = f'cannot be built: {e}'
+    except Exception as e:   # one engine's failure is its own
+        if isinstance(e, OSError) and e.errno in FILE_ADVICE: raise
+        tried.holds, tried.why = False, f"cannot be built: {e if isinstance(e, EdgenbError) else f'{type(e).__name__}: {reason(e)}'}"
     tried.seconds = time.perf_counter() - start
     return tried
 
@@ -167,8 +169,8 @@ def _rescued(network, branch, calibration, judge, folder):
     if not judged: return Tried('onnxruntime', 'int8-mixed', 'int8', why='not tried: no 8-bit variant could be built')
     if len(calibration) < LEAST_EXAMPLES: return Tried('onnxruntime', 'int8-mixed', 'int8', why=f'not tried: it needs at least {LEAST_EXAMPLES} calibration examples, got {len(calibration)}')
     with tempfile.TemporaryDirectory() as scratch:
-        fp32 = export_onnx(network, Path(scratch)/'fp32.onnx')
-        return rescue(fp32, min(judged, key=lambda t: t.loss).variant, calibration, judge, Path(folder)/'onnxruntime-int8-mixed.onnx')
+        try: return rescue(export_onnx(network, Path(scratch)/'fp32.onnx'), min(judged, key=lambda t: t.loss).variant, calibration, judge, Path(folder)/'onnxruntime-int8-mixed.onnx')
+        except (EdgenbError, ValueError, RuntimeError) as e: return Tried('onnxruntime', 'int8-mixed', 'int8', why=f'cannot be built: {reason(e)}')
 
 def search_table(found: list) -> str:
     "Markdown: what was tried, what was refused, and why."

@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'COLUMNS', 'Bundle', 'check_bundle', 'load_bundle', 'shippable', 'pack', 'ship', 'bundle_of']
 
 # %% ../nbs/06_ship.ipynb #84f4372d
-import json, shutil
+import json, re, shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np
@@ -86,22 +86,21 @@ def shippable(rows: list,            # of the parity report
     return row
 
 # %% ../nbs/06_ship.ipynb #2c37c3e3
-def _portable(card) -> dict:
-    "A card without paths of this machine."
-    def portable(v):
-        if isinstance(v, (list, tuple)): return [portable(x) for x in v]
-        return Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v
-    values = asdict(card)
-    values.pop('skipped')
-    return values | {'asked': {k: portable(v) for k, v in values['asked'].items()}}
+def _portable(value):
+    "JSON without folders of this machine: of an absolute path only the name stays, inside sentences too."
+    if isinstance(value, dict): return {k: _portable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_portable(v) for v in value]
+    if not isinstance(value, str): return value
+    return Path(value).name if Path(value).is_absolute() else re.sub(r'(?<![\w.:/])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:;,\'"()]+[/\\])+', '', value)
 
 def pack(folder: Path, name: str, row: dict, model: Path, pipeline: Path, parity: Path, sketch: Sketch, cards: list, warnings: list) -> dict:
     "Write a bundle; returns its manifest."
     folder.mkdir(parents=True)
-    for source, target in ((pipeline, 'pipeline.json'), (parity, 'parity.json')): shutil.copyfile(source, folder/target)
+    shutil.copyfile(pipeline, folder/'pipeline.json')
     (shutil.copytree if model.is_dir() else shutil.copyfile)(model, folder/f'model{model.suffix}')
     (folder/'reference.sketch').write_bytes(sketch.to_bytes())
-    write_json(folder/'card.json', {'lineage': [_portable(c) for c in cards]})
+    write_json(folder/'card.json', {'lineage': [_portable({k: v for k, v in asdict(c).items() if k != 'skipped'}) for c in cards]})
+    write_json(folder/'parity.json', _portable(json.loads(parity.read_text(encoding='utf-8'))))
     manifest = {'edgenb_bundle': FORMAT, 'edgenb': edgenb.__version__, 'name': name, 'artifact': row['artifact'], 'runtime': row['runtime'], 'precision': row['precision'],
                 'model': f'model{model.suffix}', 'data': cards[0].data, 'device': row['device'], 'verdict': row['verdict'], 'warnings': warnings,
                 'files': {p.relative_to(folder).as_posix(): digest(p) for p in sorted(folder.rglob('*')) if p.is_file()}}

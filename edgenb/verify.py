@@ -223,8 +223,8 @@ def answers(models: dict,    # name -> function, or the `EdgenbError` that loadi
 
 def _loaded(artifact):
     "An artifact's model, or the error that loading it ends in: that is a verdict on it, not on the others."
-    from edgenb.runtime import runtime
-    try: return runtime(artifact['runtime']).load(artifact['path'])
+    from edgenb.runtime import ready
+    try: return ready(artifact['runtime']).load(artifact['path'])
     except EdgenbError as e: return e
 
 def measured(candidates: list, budget_ms: float, **kw) -> dict:   # artifact -> row of figures
@@ -253,7 +253,7 @@ def _known(row, device, budgets, parameters, runs_here=True):
     "What speaks against an artifact without running it: reasons, and the bounds exceeded."
     wrong, over, need = [], {}, fit({'parameters': parameters, 'precision': row['precision']}, device)
     if row['runtime'] not in device.runtimes and (runs_here or device.name != 'local'): wrong.append(f"{device.name} does not run {row['runtime']}"); over['runtime'] = [None, None]
-    if need.fits is False: wrong.append(need.reason); over['memory'] = [need.needed_mb, device.memory_mb or 0]
+    if need.fits is False: wrong.append(need.reason); over['memory'] = [need.needed_mb, device.memory_mb] if device.tier != 'microcontroller' and device.memory_mb else [None, None]
     large = over_budget(row, {'size_budget_mb': budgets['size_budget_mb']})
     return wrong + [f'{bound}: {figure:.4g}, the budget is {limit:.4g}' for bound, (figure, limit) in large.items()], over | large
 
@@ -267,8 +267,10 @@ def _judged(row, p, device, budgets, parameters, tolerance):
         found = over_budget(row, budgets | {'size_budget_mb': 0, 'memory_budget_mb': min(budgets['memory_budget_mb'] or math.inf, device.memory_mb or math.inf)})
         wrong += [f'{bound}: {figure:.4g}, the budget is {limit:.4g}' + (' (if this machine was busy: delete the card of verify and run again)' if 'latency' in bound else '') for bound, (figure, limit) in found.items()]
         over |= found
+    if wrong and p.verdict == 'undecided': wrong.append(p.reason); over['parity'] = [None, None]
     if wrong: return {'verdict': 'fail', 'reason': '; '.join(wrong), 'over': over}
-    if device.name != 'local' and p.verdict == 'pass': return {'verdict': 'not run here', 'reason': f'latency was measured here, not on {device.name} (edgenb verify --on ssh://... measures there)'}
+    there = f'latency was measured here, not on {device.name} (edgenb verify --on ssh://... measures there)'
+    if device.name != 'local': return {'verdict': 'not run here', 'reason': there} if p.verdict == 'pass' else {'reason': f'{p.reason}; {there}'}
     return {}
 
 def _blamed(row, built, examples):
@@ -278,7 +280,7 @@ def _blamed(row, built, examples):
     own = next(b for b in built if b['artifact'] == row['artifact'])
     if fp32 is None or fp32 is own: return ''
     try: errors = layer_errors(row['runtime'], fp32['path'], own['path'], examples)
-    except EdgenbError: return ''
+    except Exception: return ''   # naming the layer is a service, not a verdict
     return in_words(culprit(errors)) if errors else ''
 
 # %% ../nbs/05_verify.ipynb #00871457
@@ -344,6 +346,7 @@ def _row(a, kept, figures, y, pipeline, tests, device, budgets, parameters, buil
     if name == 'reference': row |= {'reason': 'what the others are compared with'}
     elif a['runtime'] != 'torch':
         row |= _judged(row, p, device, budgets, parameters, tolerance)
+        if a.get('refused'): row |= {'verdict': 'fail', 'reason': f"refused on validation images: {a['refused']}" + ('' if p.verdict == 'pass' else f"; {row['reason']}"), 'over': {'validation': [None, None]}}   # test images do not choose
         if p.verdict == 'fail' and (blame := _blamed(row, built, [{'image': pipeline.before(tests[i].read())[None]} for i in range(min(4, len(tests)))])): row |= {'reason': f"{row['reason']}; {blame}"}
     return _finite(row)
 

@@ -143,7 +143,7 @@ def smooth(prepared: Path, calibration: list, strength: float, path: Path) -> Pa
     from onnx import helper, numpy_helper
     model = onnx.load(str(prepared))
     del model.graph.value_info[:]
-    weights = {i.name: i for i in model.graph.initializer}
+    weights = {i.name: i for i in model.graph.initializer if len(i.dims) == 2}
     layers = {}   # activation -> the multiplications that read it
     for n in model.graph.node:
         if n.op_type == 'MatMul' and n.input[1] in weights: layers.setdefault(n.input[0], []).append(n)
@@ -157,8 +157,8 @@ def smooth(prepared: Path, calibration: list, strength: float, path: Path) -> Pa
         model.graph.initializer.append(numpy_helper.from_array(1/by, f'{activation}_smoothed_by'))
         first[readers[0].name] = helper.make_node('Mul', [activation, f'{activation}_smoothed_by'], [f'{activation}_smoothed'], name=f'{activation}_smoothed')
         for n, w in zip(readers, arrays):
-            model.graph.initializer.append(numpy_helper.from_array(w*by[:, None], f'{n.input[1]}_smoothed'))
-            n.input[0], n.input[1] = f'{activation}_smoothed', f'{n.input[1]}_smoothed'
+            model.graph.initializer.append(numpy_helper.from_array(w*by[:, None], f'{n.name}_smoothed_weight'))
+            n.input[0], n.input[1] = f'{activation}_smoothed', f'{n.name}_smoothed_weight'
     nodes = [onnx.NodeProto.FromString(m.SerializeToString()) for n in model.graph.node for m in (first.get(n.name), n) if m is not None]
     read = {i for n in nodes for i in n.input}
     left = [onnx.TensorProto.FromString(i.SerializeToString()) for i in model.graph.initializer if i.name in read]
