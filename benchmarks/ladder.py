@@ -25,7 +25,7 @@ def sensor(threads, folder):
         x, y = sensor_windows(250, seed)
         return [{'window': w[None]} for w in x], y
     def answer(model, examples):
-        score = np.array([np.mean((model(e)['rebuilt'] - e['window'])**2/np.mean(e['window']**2)) for e in examples])
+        score = np.array([np.mean((model(e)['rebuilt'] - e['window'])**2) for e in examples])
         return {'score': score, 'label': (score > 0.1).astype(int)}
     calibration = [{'window': w[None]} for w in sensor_windows(100, 2)[0][:100]]
     return ladder(Network(net, {'window': calibration[0]['window']}, ('rebuilt',)), here('onnxruntime', 'openvino', 'litert', 'executorch', 'tflm', 'coreml'), ['fp32', 'fp16', 'int8'],
@@ -83,7 +83,7 @@ def text(threads, folder):
     for length, names in ((None, here('onnxruntime', 'openvino')), (48, here('litert', 'executorch', 'coreml'))):
         network, read = encoder(length)
         examples = [read(t) for t in texts]
-        calibration, held, test = examples[:100], examples[100:600], examples[600:]
+        calibration, held, test = examples[:100], examples[100:500], examples[600:]
         truth = lambda some: nearest(eager(network), some)['label']   # what must stay as it is
         results.append(ladder(network, names, ['fp32', 'fp16', 'int8', 'int4'] if length is None else ['fp32', 'int8'], calibration, nearest, (held, truth(held)), (test, truth(test)), 'accuracy', TOLERANCE['text'],
                               folder/f'{length}', num_threads=threads))

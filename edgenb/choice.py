@@ -15,9 +15,9 @@ AXES = {'value': 1, 'p95_ms': -1, 'size_mb': -1, 'rss_mb': -1, 'energy_mj': -1} 
 UNITS = {'value': '', 'p95_ms': ' ms', 'size_mb': ' MB on disk', 'rss_mb': ' MB of memory', 'energy_mj': ' mJ'}
 
 def dominates(a: dict, b: dict, axes: dict = AXES) -> bool:
-    "Whether row `a` is at least as good as `b` in every figure that `b` has, and better in one; a figure that is not known is no match for one that is."
-    pairs = [(-math.inf if a.get(k) is None else sign*a[k], sign*b[k]) for k, sign in axes.items() if b.get(k) is not None]
-    return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
+    "Whether row `a` is at least as good as `b` in every figure that both have, and better in one."
+    pairs = [(sign*a[k], sign*b[k]) for k, sign in axes.items() if a.get(k) is not None and b.get(k) is not None]
+    return bool(pairs) and all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
 
 def pareto(rows: list, axes: dict = AXES) -> list:   # names of artifacts
     "The artifacts that no other dominates."
@@ -77,7 +77,7 @@ def tightest(rows: list   # failing rows; `over` {bound: (figure, limit)} says w
 
 # %% ../nbs/22_choice.ipynb #9da57143
 def within_budget(rows: list, budget_ms: float) -> dict | None:
-    "The row with the best value among those that may ship within a latency budget; of equals, the fastest."
+    "The row with the best value among those that may ship within a latency budget (p95, ms); of equals, the fastest; None if there is none."
     may = [r for r in rows if r['runtime'] != 'torch' and r['verdict'] != 'fail' and r['p95_ms'] is not None and r['p95_ms'] <= budget_ms]
     return max(may, key=lambda r: (r['value'], -r['p95_ms'])) if may else None
 
@@ -88,14 +88,14 @@ def front_figure(rows: list, budget_ms: float = 0):
     if not rows: raise EdgenbError('front_figure: no row was measured')
     front = pareto([r for r in rows if r['verdict'] != 'fail'], {'value': 1, 'p95_ms': -1})
     metric = rows[0]['metric']
-    figure = go.Figure(layout=dict(template='plotly_white', width=760, height=480, xaxis_title='latency p95, ms (its bytes to the decision)', yaxis_title=f'{metric} on the test set', xaxis_type='log'))
+    figure = go.Figure(layout=dict(template='plotly_white', width=760, height=480, xaxis_title='latency p95 of a decision, ms', yaxis_title=f'{metric} on the test set', xaxis_type='log'))
     for verdict, colour in (('pass', 'seagreen'), ('undecided', 'goldenrod'), ('fail', 'crimson'), ('', 'grey')):
         some = [r for r in rows if (r['verdict'] if r['runtime'] != 'torch' else '') == verdict]
         if some: figure.add_scatter(x=[r['p95_ms'] for r in some], y=[r['value'] for r in some], mode='markers+text', text=[r['artifact'] for r in some], textposition='top center', marker=dict(size=10, color=colour),
                                     name={'': 'reference'}.get(verdict, verdict), error_y=dict(array=[r['high'] - r['value'] for r in some], arrayminus=[r['value'] - r['low'] for r in some], thickness=1))
     line = sorted((r for r in rows if r['artifact'] in front), key=lambda r: r['p95_ms'])
     figure.add_scatter(x=[r['p95_ms'] for r in line], y=[r['value'] for r in line], mode='lines', line=dict(dash='dot', color='grey'), name='front')
-    steps = sorted({math.ceil(r['p95_ms']*1.0001e4)/1e4 for r in rows} | ({budget_ms} if budget_ms else set()))
+    steps = sorted({round(r['p95_ms']*1.0001, 4) for r in rows} | ({budget_ms} if budget_ms else set()))
     shown = budget_ms or steps[-1]
     def at(budget):
         r = within_budget(rows, budget)

@@ -21,6 +21,7 @@ class Torch(Runtime):
 
     @classmethod
     def load(cls, path, num_threads=1):
+        "From a tuned run's model.safetensors, with pipeline.json and network.json beside it; `num_threads` is that of the process."
         import torch
         from edgenb.tune import load_reference
         from edgenb.vision import torch_callable

@@ -44,7 +44,9 @@ class Device:
     throttle_c: float | None = None      # of the chip, where it begins to slow down
     cores: int | None = None
 
-    def fit(self, model, **kw): return fit(model, self, **kw)
+    def fit(self, model, **kw):
+        "`fit` of a model on this device."
+        return fit(model, self, **kw)
 
 # %% ../nbs/12_device.ipynb #688d3d53
 def read_catalogue(text: str) -> dict:   # name -> Device
@@ -89,7 +91,7 @@ def devices() -> dict:   # name -> Device
     return found | {'local': _local(found['local'])}
 
 def device(name: str) -> Device:
-    "A device by name."
+    "A device by name; `EdgenbError`, with the name that was probably meant, if there is none."
     known = devices()
     if name not in known: raise EdgenbError(f'there is no device {name}.{did_you_mean(str(name), known)}')
     return known[name]
@@ -226,7 +228,9 @@ class Fit:
     warnings: tuple = ()
 
     @property
-    def row(self) -> FitRow: return next(r for r in self.rows if r.precision == self.precision)
+    def row(self) -> FitRow:
+        "That of the precision which is answered for."
+        return next(r for r in self.rows if r.precision == self.precision)
 
 # %% ../nbs/12_device.ipynb #2a0fb80f
 def _room(device: Device, weights_mb: float, other_mb: float, total_mb: float) -> tuple:   # (fits, headroom in MiB or None)

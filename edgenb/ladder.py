@@ -51,7 +51,7 @@ def ladder(network: Network,
            full: bool = True,          # build and judge every variant, also those known to break networks
            timing_runs: int = 200, num_threads: int = 1, confidence: float = 0.95, seed: int = 0
           ) -> dict:                   # {'rows': as in the parity report, 'tried': of `Tried`, 'choice': a `Choice`}
-    "Build, screen, judge, measure and choose."
+    "Build, screen, judge, measure and choose. Speed is that of the model alone (its arrays to its outputs), of one example a call; `EdgenbError` for an unknown runtime or metric, or without examples."
     within('ladder', 0, 1, tolerance=tolerance)
     if not test[0] or not validation[0]: raise EdgenbError('ladder: there are no validation or no test examples')
     with tempfile.TemporaryDirectory() as scratch:
@@ -84,7 +84,7 @@ def _row(t, tried, reference, answer, examples, y, figures, metric, tolerance, c
     except EdgenbError as e: return row | {'verdict': 'fail', 'reason': f'it cannot decide: {e}'}
     p = parity(reference, found, (None, y), metric, tolerance, confidence, seed=seed)
     row |= {k: getattr(p, k) for k in ('value', 'low', 'high', 'delta', 'delta_low', 'delta_high', 'verdict', 'reason')}
-    if p.verdict == 'fail': row |= {'over': {f'loss of {metric}': [abs(p.delta), tolerance]}, 'reason': f'{p.reason}{_blame(t, tried, examples)}'}
+    if p.verdict == 'fail': row |= {'over': {f'loss of {metric}': [max(-find_metric(metric)[1]*d for d in (p.delta_low, p.delta_high)), tolerance]}, 'reason': f'{p.reason}{_blame(t, tried, examples)}'}
     return row | {'agreement': agreement(y, reference, found) if metric != 'accuracy' else None}
 
 def _blame(t, tried, examples):

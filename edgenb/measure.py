@@ -68,7 +68,9 @@ class Sampled:
             at = now
 
     def __call__(self) -> float: return self.total
-    def close(self): self.done.set(); self.thread.join()
+    def close(self):
+        "End the thread."
+        self.done.set(); self.thread.join()
 
 # %% ../nbs/16_measure.ipynb #30dabdcc
 def _package_zones(root):
@@ -178,13 +180,16 @@ class Subject:
         return answer, time.perf_counter() - start, after - before
 
     def next(self):
+        "The next of the inputs that are held, round and round."
         self.at += 1
         return self.held[self.at % len(self.held)]
 
 # %% ../nbs/16_measure.ipynb #177ad1c4
 class Worker(Subject):
     "What a candidate can be asked for; every answer is plain JSON."
-    def first(self): return {'load_ms': self.load_ms, 'first_ms': self.decide(self.held[0])[1]*1e3, 'any_batch': self.runtime.any_batch}
+    def first(self):
+        "Load time (import and artifact) and time of the first decision, ms."
+        return {'load_ms': self.load_ms, 'first_ms': self.decide(self.held[0])[1]*1e3, 'any_batch': self.runtime.any_batch}
 
     def block(self, n):
         "Seconds of `n` decisions, as a whole and of the model alone, and the CPU time of one, all threads together."
@@ -269,6 +274,7 @@ class Process:
         return reply
 
     def signal(self, number):
+        "Send a signal to the process and its children; one that has ended needs none."
         with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(self.process.pid, number)
 
     def _check(self, peak_mb):
@@ -287,6 +293,7 @@ class Process:
         raise Gone(why)
 
     def close(self):
+        "End the process."
         self.signal(signal.SIGKILL)
         self.process.wait()
         self.listener.join()
@@ -309,6 +316,7 @@ class Measured:
         except Gone as e: self.error = str(e)
 
     def start(self, warm_up, num_threads):
+        "Start the process, load the candidate, and let it decide `warm_up` times."
         self.process = Process(self.limits.get('memory_mb'))
         c = self.candidate
         inputs = [str(p) for p in c['inputs']] if c.get('pipeline') else str(c['inputs'])
@@ -317,6 +325,7 @@ class Measured:
         if warm_up: self.ask('block', n=warm_up)
 
     def block(self, n):
+        "One turn of `n` decisions."
         if reply := self.ask('block', n=n): self.blocks.append(reply)
 
     def batch(self, size):
@@ -327,6 +336,7 @@ class Measured:
         else: self.batch_why, self.error = f'batch {size}: {self.error}', ''
 
     def close(self):
+        "End the process, if it was started."
         if self.process: self.process.close()
 
     def row(self, why, power_w, **common) -> dict:

@@ -19,10 +19,12 @@ from .device import device as find_device, fit
 from .runtime import LIBRARIES
 
 # %% ../nbs/05_verify.ipynb #00a1c0db
-def accuracy(y, answer): return float(np.mean(answer['label'] == y))
+def accuracy(y, answer):
+    "Share of the labels that are right."
+    return float(np.mean(answer['label'] == y))
 
 def auc(y, answer):
-    "Area under the ROC curve of the score (Mann-Whitney)."
+    "Area under the ROC curve of the score (Mann-Whitney); NaN where all are of one kind."
     from scipy.stats import rankdata
     bad = y != answer['negative']
     n, m = bad.sum(), (~bad).sum()
@@ -30,17 +32,19 @@ def auc(y, answer):
     return float((rankdata(answer['score'])[bad].sum() - n*(n + 1)/2)/(n*m))
 
 def detection_rate(y, answer):
+    "Share of those of another class than the negative one that are not taken for it; NaN where there is none."
     bad = y != answer['negative']
     return float(np.mean(answer['label'][bad] != answer['negative'])) if bad.any() else float('nan')
 
 def false_positive_rate(y, answer):
+    "Share of those of the negative class that are taken for another; NaN where there is none."
     good = y == answer['negative']
     return float(np.mean(answer['label'][good] != answer['negative'])) if good.any() else float('nan')
 
 METRICS = {'accuracy': (accuracy, 1), 'auc': (auc, 1), 'detection rate': (detection_rate, 1), 'false-positive rate': (false_positive_rate, -1)}   # 1: higher is better
 
 def find_metric(name: str):
-    "Function and direction (1: higher is better, -1: lower is better) of a metric."
+    "Function and direction (1: higher is better, -1: lower is better) of a metric; `EdgenbError` for a name that is none."
     if name not in METRICS: raise EdgenbError(f'there is no metric {name}.{did_you_mean(name, METRICS)}')
     return METRICS[name]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from ..core import EdgenbError, file_errors
 from ..runtime import Network, Runtime, Variant, one_at_a_time
+from .common import checked
 from .executorch import LONGEST, exported, hushed, origin
 
 # %% ../../nbs/runtimes/coreml.ipynb #ec8f81ef
@@ -82,7 +83,7 @@ class CoreML(Runtime):
     @classmethod
     def build(cls, network, variant, calibration, path):
         if why := cls.missing(build=True): raise EdgenbError(why)
-        bits, path = cls.variants[variant].options['bits'], Path(path)
+        bits, path = checked(cls, network, variant, calibration).options['bits'], Path(path)
         if bits < 16 and not any(p.numel() >= SMALL for p in network.net.parameters()):
             raise EdgenbError(f'coreml {variant}: no weight of the network has {SMALL} values or more, nothing would become smaller: build fp16')
         with file_errors(path), tempfile.TemporaryDirectory(dir=path.parent) as scratch:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from ..core import EdgenbError, digest, file_errors, write_json
 from ..runtime import Network, Runtime, Variant, one_at_a_time
+from .common import checked
 from .onnx import quiet
 
 # %% ../../nbs/runtimes/executorch.ipynb #98cf5d3d
@@ -120,9 +121,7 @@ class ExecuTorch(Runtime):
     @classmethod
     def build(cls, network, variant, calibration, path):
         if why := cls.missing(build=True): raise EdgenbError(why)
-        v, path = cls.variants[variant], Path(path)
-        if v.calibrated and len(calibration) < 8:
-            raise EdgenbError(f'executorch {variant}: {len(calibration)} calibration example{"s" if len(calibration) != 1 else ""} cannot set the ranges, 8 are needed: pass more')
+        v, path = checked(cls, network, variant, calibration), Path(path)
         with file_errors(path), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             (folder := Path(scratch)/'made').mkdir()
             with hushed():

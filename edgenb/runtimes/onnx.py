@@ -218,6 +218,7 @@ class OnnxRuntime(Runtime):
 
     @classmethod
     def build(cls, network, variant, calibration, path, keep=(), only=()):
+        "As `Runtime.build`; 8-bit variants leave the layers named in `keep` in FP32, or quantize those in `only` alone (names as `quantizable` gives them)."
         checked(cls, network, variant, calibration)
         with tempfile.TemporaryDirectory(dir=Path(path).parent) as scratch:
             fp32 = export_onnx(network, Path(scratch)/'fp32.onnx')

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from ..core import EdgenbError
 from ..runtime import Network, Runtime, Variant, one_at_a_time
-from .common import checked, reason, replacing
+from .common import checked, plain_progress, reason, replacing
 
 # %% ../../nbs/runtimes/openvino.ipynb #895209ae
 def openvino():
@@ -77,7 +77,7 @@ def quantize(model,               # from `convert`
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
     choice = AdvancedQuantizationParameters(activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX) if ranges == 'minmax' else None
     examples, kind = tool.Dataset(calibration), tool.ModelType.TRANSFORMER if _attends(model) else None
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), plain_progress():
         try:
             if agreement is None: return tool.quantize(model, examples, subset_size=len(calibration), model_type=kind, advanced_parameters=choice)
             names = [p.get_any_name() for p in model.inputs]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from ..core import EdgenbError, file_errors, write_atomic
 from ..runtime import Network, Runtime, Variant, one_at_a_time
+from .common import checked
 from .onnx import export_onnx, half, quiet, ready, tensor_ranges
 from ..weights import cache_folder
 
@@ -55,9 +56,7 @@ def check_quantization(path: Path) -> int:   # of quantized tensors
 # %% ../../nbs/runtimes/tensorrt.ipynb #6c102bff
 def onnx_for(network: Network, variant: str, calibration: list, path: Path) -> Path:
     "Write the graph that TensorRT compiles for a variant; needs no GPU, and runs in ONNX Runtime for a first look at what it answers."
-    v, path = TensorRT.variants[variant], Path(path)
-    if v.calibrated and len(calibration) < 8:
-        raise EdgenbError(f'tensorrt {variant}: {len(calibration)} calibration example{"s" if len(calibration) != 1 else ""} cannot set the ranges, 8 are needed: pass more')
+    v, path = checked(TensorRT, network, variant, calibration), Path(path)
     if v.precision == 'fp32': return export_onnx(network, path)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         fp32, made = export_onnx(network, Path(scratch)/'fp32.onnx'), Path(scratch)/'made.onnx'
