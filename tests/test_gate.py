@@ -64,7 +64,7 @@ class Odd(OnnxRuntime):
 
     @classmethod
     def build(cls, network, variant, calibration, path):
-        weights = tuple(float(p.sum()) for p in network.net.parameters())
+        weights = tuple(float(p.detach().sum()) for p in network.net.parameters())
         if weights not in cls.exported: cls.exported[weights] = export_onnx(network, path).read_bytes()
         path.write_bytes(cls.exported[weights])
         if variant == 'int8': exchanged(path, lambda n: 'logits' in n.output)
