@@ -16,9 +16,9 @@ WIDTHS = {'fp32': 0, 'fp16': 1, 'int8': 2, 'int4': 3}
 UNITS = {'value': '', 'p95_ms': ' ms', 'size_mb': ' MB on disk', 'rss_mb': ' MB of memory', 'energy_mj': ' mJ'}
 
 def dominates(a: dict, b: dict, axes: dict = AXES) -> bool:
-    "Whether row `a` is at least as good as `b` in every figure, and better in one; never where a figure is known of one of them alone."
-    known = [k for k in axes if a.get(k) is not None]
-    if known != [k for k in axes if b.get(k) is not None]: return False   # what only one of them is known for cannot be compared
+    "Whether row `a` is at least as good as `b` in every figure that is known of `b`, and better in one."
+    known = [k for k in axes if b.get(k) is not None]
+    if any(a.get(k) is None for k in known): return False
     pairs = [(axes[k]*a[k], axes[k]*b[k]) for k in known]
     return bool(pairs) and all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
 
@@ -51,7 +51,7 @@ def choose(rows: list   # of the parity report; the reference and the squeezed n
         return Choice(None, tightest(others), {r['artifact']: r['reason'] for r in others}, [])
     timed = any(r.get('p95_ms') is not None for r in may)
     known = ('p95_ms', 'size_mb', 'value', 'rss_mb', 'energy_mj')   # of equals the best
-    winner = min(may, key=lambda r: [math.inf if r.get(k) is None else -AXES[k]*r[k] for k in known] if timed else [WIDTHS.get(r.get('precision'), 9), r['artifact']])
+    winner = min(may, key=lambda r: [math.inf if r.get(k) is None else -AXES[k]*r[k] for k in known] if timed else [WIDTHS.get(r.get('precision'), 9), *(math.inf if r.get(k) is None else -AXES[k]*r[k] for k in known)])
     front = pareto(may)
     why_not = {}
     for r in others:

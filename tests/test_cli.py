@@ -68,7 +68,8 @@ def test_prepare_only_writes_the_notebook_with_its_parameters(tmp_path):
 def test_an_error_in_a_room_is_one_line_and_keeps_the_notebook(tmp_path):
     (tmp_path/'empty').mkdir()
     done = call('run', 'wafer', '-p', 'source', tmp_path/'empty', '-p', 'output_dir', tmp_path/'run', '--no-progress')
-    assert done.returncode == 2 and 'Traceback' not in done.stderr and 'holds no images' in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('edgenb: ') and 'holds no images' in done.stderr.splitlines()[-1]
+    assert str(root/'edgenb') not in done.stderr.replace(done.stderr.splitlines()[-1], '')   # no line of ours in a traceback; a kernel that is shut down on a busy machine may log one of its own
     assert (tmp_path/'run'/'wafer.ipynb').exists() and not list((tmp_path/'run').glob('01-*'))
 
 

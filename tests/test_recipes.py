@@ -49,10 +49,10 @@ def test_wafer_goes_round_the_whole_loop(killed_then_finished):
     row = killed_then_finished
     assert row['reached'] == 'learn' and row['data'] == 'real' and Path(row['bundle']).is_dir()
     rows = card(row, 'verify')['result']['rows']
-    assert [r['artifact'] for r in rows] == ['reference', 'onnxruntime-fp32', 'onnxruntime-int8']
+    assert [r['artifact'] for r in rows] == ['reference', 'squeezed', 'onnxruntime-fp32', 'onnxruntime-int8']
     named = 'artifact runtime precision device metric value low high delta delta_low delta_high p50_ms p95_ms p99_ms size_mb rss_mb verdict reason'.split()
-    assert all(set(named) <= set(r) for r in rows) and card(row, 'verify')['result']['chosen'] in [r['artifact'] for r in rows[1:]]
-    assert rows[1]['delta'] == 0 and rows[1]['flipped'] == []                    # FP32 through ONNX Runtime decides as torch does
+    assert all(set(named) <= set(r) for r in rows) and card(row, 'verify')['result']['chosen'] in [r['artifact'] for r in rows[2:]]
+    assert rows[2]['delta'] == 0 and rows[2]['flipped'] == []                    # FP32 through ONNX Runtime decides as torch does
     assert set(card(row, 'tune')) == set('edgenb room key data started seconds asked read wrote result environment seal'.split())
 
 
