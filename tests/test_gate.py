@@ -132,10 +132,10 @@ def unmeasured(monkeypatch):
     monkeypatch.setattr('edgenb.verify.measured', lambda candidates, *a, **k: {c['artifact']: dict(FIGURES) for c in candidates})
 
 
-def only(run, *artifacts):
-    "As if compile had built no others."
+def only(run, *artifacts, **also):
+    "As if compile had built no others; `also` is written into their rows."
     card = run.card('compile')
-    replace(card, result=card.result | {'artifacts': [a for a in card.result['artifacts'] if a['artifact'] in artifacts]}).save(run._card_path('compile'))
+    replace(card, result=card.result | {'artifacts': [a | also for a in card.result['artifacts'] if a['artifact'] in artifacts]}).save(run._card_path('compile'))
 
 
 def row(run, artifact): return next(r for r in run.card('verify').result['rows'] if r['artifact'] == artifact)
@@ -274,6 +274,9 @@ def test_what_cannot_run_here_has_to_meet_the_bounds_that_are_known_without_runn
 
 def test_the_loss_that_keeps_an_artifact_out_is_told_with_the_tolerance_that_would_let_it_in(copied, unmeasured):
     only(copied, 'odd-int8')
+    refused = verify(copied, tolerance=1.0, latency_budget_ms=50.0, timing_runs=5).result
+    assert refused['chosen'] is None and 'refused on validation images' in refused['why']    # no tolerance on test images brings back what validation refused
+    only(copied, 'odd-int8', refused='')   # as if validation images had not shown it
     said = verify(copied, tolerance=0.2, latency_budget_ms=50.0, timing_runs=5).result['why']
     assert 'the tightest bound is loss of accuracy: odd-int8 needs ' in said and 'the budget is 0.2;' in said
     enough = float(said.split('needs ')[1].split(',')[0])
