@@ -252,6 +252,13 @@ def _measurement(rows, device: Device, precision: str) -> dict | None:
     for r in there: within('measurement', 0, None, **{k: r[k] for k in ('p50_ms', 'rss_mb') if k in r})
     return min([r for r in there if r.get('verdict') != 'fail'] or there, key=lambda r: r.get('model_p50_ms', r['p50_ms']), default=None)
 
+def _footprint(rows, device: Device, precision: str) -> tuple:   # (weights in MiB, activations in MiB) or ()
+    "What an artifact takes of a microcontroller, measured; the smallest arena of those with a precision."
+    there = [r for r in rows if r.get('precision') == precision and r.get('arena_bytes') is not None] if device.tier == 'microcontroller' else []
+    if not there: return ()
+    r = min(there, key=lambda r: r['arena_bytes'])
+    return r['flash_bytes']/2**20, r['arena_bytes']/2**20
+
 def _serving(device: Device, precision: str, language_model: bool, known: dict) -> tuple:
     "Runtimes of the device that build a precision; one that is not among the `known` is taken at the table's word."
     def builds(name): return name not in known or precision in ({v.precision for v in known[name].variants.values()} or {'fp32'})
@@ -263,7 +270,9 @@ def _fit_row(m: ModelSize, device: Device, precision: str, measurements, share: 
     kv = kv_cache_mb(m.layers, m.kv_heads, m.head_dim, m.context, m.kv_bytes)
     activations = None if m.activations_mb is None else m.activations_mb*ACTIVATIONS[precision]/4
     engine = 0.0 if device.tier == 'microcontroller' or device.compiler else RUNTIME_MB   # on an accelerator card it lives in the host
-    needed, needed_is = weights + kv + (activations or 0) + engine, 'estimate'
+    needed_is = 'estimate'
+    if taken := _footprint(measurements, device, precision): (weights, activations), needed_is = taken, 'measured'
+    needed = weights + kv + (activations or 0) + engine
     runs = (not device.precisions or precision in device.precisions) and (device.language_models or not m.language_model)
     latency, binds = roofline(m.macs, weights + kv + (activations or 0), device, precision) if runs else (None, 'does not run')
     latency_is = 'not known' if latency is None else 'estimate'
@@ -299,7 +308,7 @@ def _precision_of(m: ModelSize) -> str:
 # %% ../nbs/12_device.ipynb #588360b8
 def fit(model,                    # `ModelSize`, or a dict of its fields: {'parameters': n, ...}
         device: Device,
-        *, measurements=(),       # rows as `verify` leaves them: device, precision, p50_ms, rss_mb; they take the place of estimates
+        *, measurements=(),       # rows as `verify` leaves them: device, precision, p50_ms, rss_mb, flash_bytes, arena_bytes; they take the place of estimates
         ambient_c: float = 25.0,  # of the air around the device
         rated_c: float = 25.0     # see `sustained_share`
        ) -> Fit:

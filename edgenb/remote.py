@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEP', 'ADVICE', 'PROTOCOL', 'image_files', 'local_measure', 'ssh_command', 'explain', 'serve', 'copy_exactly',
-           'remote_measure', 'judge', 'agreement', 'verify_bundle', 'report_text']
+           'remote_measure', 'judge', 'kept_figures', 'alike', 'verify_bundle', 'report_text']
 
 # %% ../nbs/19_remote.ipynb #e3823874
 import base64, contextlib, io, json, os, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, zipfile
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import edgenb
 from .bisect import first_apart, step_outputs
-from .core import EdgenbError, Run
+from .core import EdgenbError, Run, write_json
 from .measure import machine, measure_all
 from .pipeline import Pipeline
 from .runtime import size_mb
@@ -150,16 +150,24 @@ def _received(target, python, code, out, said):
     except (KeyError, ValueError, OSError, zipfile.BadZipFile): raise EdgenbError(f'{target}: its answer is not what edgenb sends: install edgenb {edgenb.__version__} there') from None
 
 # %% ../nbs/19_remote.ipynb #7adbf535
-def judge(run: Run, answers: dict) -> dict:
-    "The parity of a device's answers on a run's test set, by the run's own metric and tolerance."
-    from edgenb.verify import load_answers, parity
+def judge(run: Run, row: dict, answers: dict) -> dict:
+    "A device's answers on a run's test set and its figures, by the run's own metric, tolerance and budgets."
+    from edgenb.verify import BOUNDS, finite, load_answers, over_budget, parity
     asked, report, (y, known) = run.card('verify').asked, run.card('verify').result, load_answers(run)
     negative = report['negative']
     p = parity(known['reference'] | {'negative': negative}, {'score': answers['score'], 'label': answers['label'], 'negative': negative}, (None, y),
                asked['metric'], asked['tolerance'], asked['confidence'])
-    return {k: getattr(p, k) for k in ('metric', 'value', 'low', 'high', 'delta', 'delta_low', 'delta_high', 'verdict', 'reason')} | {'flipped': len(p.flipped)}
+    over = over_budget(row, {k: asked[k] for k in BOUNDS})
+    wrong = ([p.reason] if p.verdict == 'fail' or not over else []) + [f'{bound}: {figure:.4g}, the budget is {limit:.4g}' for bound, (figure, limit) in over.items()]
+    return finite({k: getattr(p, k) for k in ('metric', 'value', 'low', 'high', 'delta', 'delta_low', 'delta_high')}) | {'verdict': 'fail' if over else p.verdict, 'reason': '; '.join(wrong), 'over': over, 'flipped': len(p.flipped)}
 
-def agreement(here: dict, there: dict) -> dict:
+def kept_figures(run: Run, row: dict, judged: dict, precision: str, on: str) -> Path:
+    "Write a device's row beside the run's cards, where `edgenb fit` finds it: under the device that the run was judged for, or under its address."
+    asked = run.card('verify').asked['device']
+    name = asked if asked != 'local' else on
+    return write_json(run.path/f"measured-{re.sub(r'[^A-Za-z0-9.-]+', '-', on.removeprefix('ssh://')).strip('-')}.json", row | judged | {'precision': precision, 'measured_on': name})
+
+def alike(here: dict, there: dict) -> dict:
     "How far a bundle's answers on two machines differ."
     return {'images': len(here['label']), 'flipped': np.nonzero(here['decision'] != there['decision'])[0].tolist(), 'score_difference': float(np.abs(here['score'] - there['score']).max())}
 
@@ -171,7 +179,7 @@ def verify_bundle(path: str | Path,        # of a bundle, or of a run that shipp
     path = Path(path)
     run = Run(path) if not (path/'manifest.json').exists() and any(path.glob('[0-9][0-9]-*.json')) else None
     bundle = bundle_of(run) if run else path
-    check_bundle(bundle)
+    manifest = check_bundle(bundle)
     if run and not images:
         from edgenb.data import examples_of
         files = [e.path for e in examples_of(run, 'test')]
@@ -180,10 +188,12 @@ def verify_bundle(path: str | Path,        # of a bundle, or of a run that shipp
     row, steps = found['rows'][0], {k.removeprefix(STEP): found['answers'].pop(k) for k in list(found['answers']) if k.startswith(STEP)}
     if row['error']: raise EdgenbError(f"{on or 'this machine'}: {row['artifact']}: {row['error']}")
     if on and steps: found['first_step_apart'] = first_apart(step_outputs(Pipeline.load(bundle/'pipeline.json'), files[0]), steps)
-    if run: found['parity'] = judge(run, found['answers'])
+    if run:
+        found['parity'] = judge(run, row, found['answers'])
+        if on: found['written'] = str(kept_figures(run, row, found['parity'], manifest['precision'], on))
     elif on:
         here = local_measure(bundle, files, runs=1, warm_up=0, batches=())
-        found['agreement'] = {'why': here['rows'][0]['error']} if here['rows'][0]['error'] else agreement(here['answers'], found['answers'])
+        found['agreement'] = {'why': here['rows'][0]['error']} if here['rows'][0]['error'] else alike(here['answers'], found['answers'])
     return found | {'images': list(map(str, files))}
 
 # %% ../nbs/19_remote.ipynb #b8dd7f4a
@@ -198,10 +208,13 @@ def report_text(found: dict) -> str:
              f"processor  {row['cpu_ms']:.2f} ms of CPU a decision", f"energy     {'' if row['energy_mj'] is None else format(row['energy_mj'], '.2f') + ' mJ a decision, '}{row['energy_how']}",
              f"batch      {batch + ' ms an example' if batch else row['batch_why']}"]
     lines += [f'{name:<10} {row[name]}' for name in ('emulated', 'busy') if row[name]]
-    if p := found.get('parity'): lines.append(f"verdict    {p['verdict']}: {p['reason']} ({p['metric']} {p['value']:.3f} [{p['low']:.3f}, {p['high']:.3f}], {len(found['images'])} test images, {p['flipped']} decided otherwise than by the reference)")
+    if p := found.get('parity'):
+        value = '' if p['value'] is None else f"{p['metric']} {p['value']:.3f} [{p['low']:.3f}, {p['high']:.3f}], "
+        lines.append(f"verdict    {p['verdict']}: {p['reason']} ({value}{len(found['images'])} test images, {p['flipped']} decided otherwise than by the reference)")
     if a := found.get('agreement'): lines.append(f"agreement  not compared with this machine: {a['why']}" if 'why' in a else f"agreement  {a['images'] - len(a['flipped'])} of {a['images']} images decided as on this machine, scores differ by at most {a['score_difference']:.2g}")
     if 'first_step_apart' in found:
         apart = found['first_step_apart']
         lines.append('steps      each step before the model gives what it gives here' if apart is None else f"steps      {apart['step']} gives something else than here, {apart['error']:.2%} off: compare the versions of Pillow and numpy")
+    if found.get('written'): lines.append(f"written    {found['written']}, which edgenb fit reads")
     if found.get('kept'): lines.append(f"kept       {found['kept']}, in the folder for temporary files there")
     return '\n'.join(lines)

@@ -45,6 +45,7 @@ class Runtime:
     packages = ()        # modules that must be there to load an artifact
     builders = ()        # and to build one
     tiers = ()           # 'microcontroller', 'accelerator', 'server'
+    tied = ''            # why an artifact works on this machine's kind of device only; '' for one that travels
     suffix = ''          # of its artifacts; an artifact is a file or a folder
     variants: dict = {}  # name -> Variant, cheapest and safest first
     any_batch = True     # False: its artifacts hold exactly one example a call
@@ -67,6 +68,15 @@ class Runtime:
     def load(cls, path: Path, num_threads: int = 1):
         "A function from the inputs (arrays of n examples by name, or one array) to the outputs (arrays of n, by name), one example at a time. `EdgenbError` for a damaged artifact."
         raise EdgenbError(f'{cls.name} cannot load')
+
+    @classmethod
+    def footprint(cls, path: Path) -> dict:
+        "What an artifact takes of a device's flash and working memory whichever the device, {'flash_bytes', 'arena_bytes'}; {} where it has to be measured there."
+        return {}
+
+    @classmethod
+    def sources(cls, path: Path, out_dir: Path):
+        "Write what a device needs besides the artifact, such as C source; most need nothing."
 
     @classmethod
     def trace(cls, path: Path, example: dict) -> dict:

@@ -94,10 +94,12 @@ def _portable(value):
     return Path(value).name if Path(value).is_absolute() else re.sub(r'(?<![\w.:/])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:;,\'"()]+[/\\])+', '', value)
 
 def pack(folder: Path, name: str, row: dict, model: Path, pipeline: Path, parity: Path, sketch: Sketch, cards: list, warnings: list) -> dict:
-    "Write a bundle; returns its manifest."
+    "Write a bundle; returns its manifest. Refuses a row that failed."
+    if row['verdict'] == 'fail': raise EdgenbError(f"ship: {row['artifact']} failed ({row['reason']}): no bundle is made of it")
     folder.mkdir(parents=True)
     shutil.copyfile(pipeline, folder/'pipeline.json')
     (shutil.copytree if model.is_dir() else shutil.copyfile)(model, folder/f'model{model.suffix}')
+    if not runtime(row['runtime']).missing(): runtime(row['runtime']).sources(model, folder)
     (folder/'reference.sketch').write_bytes(sketch.to_bytes())
     write_json(folder/'card.json', {'lineage': [_portable({k: v for k, v in asdict(c).items() if k != 'skipped'}) for c in cards]})
     write_json(folder/'parity.json', _portable(json.loads(parity.read_text(encoding='utf-8'))))

@@ -186,7 +186,7 @@ def size_of_run(run: Run) -> tuple:   # (ModelSize, rows that `verify` measured)
     "The network of a run, counted in its ONNX file where there is one, and what was measured of it."
     cards = {c.room: c for c in run.cards()}
     if 'squeeze' not in cards: raise EdgenbError(f"{run.path} has no squeezed network yet: {'its rooms are ' + ', '.join(cards) if cards else 'it has no cards'}; run the recipe to its end")
-    measured = cards['verify'].result['rows'] if 'verify' in cards else []
+    measured = [*(cards['verify'].result['rows'] if 'verify' in cards else []), *(json.loads(p.read_text(encoding='utf-8')) for p in sorted(run.path.glob('measured-*.json')))]   # here, and by `edgenb verify --on`
     compiled = cards['compile'].wrote if 'compile' in cards else {}
     files = sorted((run.path/p for p in compiled if p.endswith('.onnx') and (run.path/p).is_file()), key=lambda p: ('fp32' not in p.name, p.name))
     network = None

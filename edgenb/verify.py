@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'BOUNDS', 'FIGURES', 'accuracy', 'auc', 'detection_rate', 'false_positive_rate', 'find_metric',
            'rate_interval', 'interval', 'paired_interval', 'Parity', 'parity', 'examples_needed', 'per_class',
-           'agreement', 'answers', 'measured', 'over_budget', 'verify', 'by_group', 'load_answers', 'parity_table',
-           'changes_table', 'choice_table']
+           'agreement', 'answers', 'measured', 'finite', 'over_budget', 'verify', 'by_group', 'load_answers',
+           'parity_table', 'changes_table', 'choice_table']
 
 # %% ../nbs/05_verify.ipynb #19d77049
 import json, math, os, platform
@@ -16,7 +16,7 @@ import numpy as np
 from .core import EdgenbError, did_you_mean, digest_of, progress, room, within, write_json
 from .data import examples_of
 from .device import device as find_device, fit
-from .runtime import LIBRARIES
+from .runtime import LIBRARIES, runtime, size_mb
 
 # %% ../nbs/05_verify.ipynb #00a1c0db
 def accuracy(y, answer):
@@ -236,10 +236,10 @@ def measured(candidates: list, budget_ms: float, **kw) -> dict:   # artifact -> 
         for r in measure_all(slow, bar=progress, **kw): found[r['artifact']].append(r)
     return {n: sorted(tries, key=lambda m: m['p95_ms'] or math.inf)[len(tries)//2] for n, tries in found.items()}
 
-def _finite(value):
+def finite(value):
     "JSON has no NaN: None instead, at any depth."
-    if isinstance(value, dict): return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_finite(v) for v in value]
+    if isinstance(value, dict): return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../nbs/05_verify.ipynb #3842dacb
@@ -251,7 +251,9 @@ def over_budget(row: dict, budgets: dict) -> dict:   # {bound: [figure, limit]}
 
 def _known(row, device, budgets, parameters, runs_here=True):
     "What speaks against an artifact without running it: reasons, and the bounds exceeded."
-    wrong, over, need = [], {}, fit({'parameters': parameters, 'precision': row['precision']}, device)
+    taken = [{k: row[k] for k in ('precision', 'flash_bytes', 'arena_bytes')}] if 'arena_bytes' in row else []
+    wrong, over, need, tied = [], {}, fit({'parameters': parameters, 'precision': row['precision']}, device, measurements=taken), runtime(row['runtime']).tied
+    if tied and device.name != 'local': wrong.append(f'{tied}: build it on {device.name}'); over['machine'] = [None, None]
     if row['runtime'] not in device.runtimes and (runs_here or device.name != 'local'): wrong.append(f"{device.name} does not run {row['runtime']}"); over['runtime'] = [None, None]
     if need.fits is False: wrong.append(need.reason); over['memory'] = [need.needed_mb, device.memory_mb] if device.tier != 'microcontroller' and device.memory_mb else [None, None]
     large = over_budget(row, {'size_budget_mb': budgets['size_budget_mb']})
@@ -297,7 +299,6 @@ def verify(run,
            timing_runs: int = 500, num_threads: int = 1, seed: int = 0):
     "Judge every hop on the frozen test set against the tuned reference and the device. Leaves parity.json and answers.npz."
     from edgenb.choice import choose
-    from edgenb.runtime import runtime
     from edgenb.squeeze import squeezed
     from edgenb.tune import tuned
     from edgenb.vision import torch_callable
@@ -328,7 +329,6 @@ FIGURES = ('p50_ms', 'p95_ms', 'p99_ms', 'model_p50_ms', 'model_p95_ms', 'model_
 
 def _row(a, kept, figures, y, pipeline, tests, device, budgets, parameters, built, metric, tolerance, confidence, seed) -> dict:
     "The row of a hop or artifact."
-    from edgenb.runtime import runtime, size_mb
     name, answer, told = a['artifact'], kept.get(a['artifact']), figures.get(a['artifact'], {})
     row = {'artifact': name, 'runtime': a['runtime'], 'precision': a['precision'], 'device': device.name, 'metric': metric, **dict.fromkeys(('value', 'low', 'high', 'delta', 'delta_low', 'delta_high')),
            **{k: told.get(k) for k in FIGURES}, 'size_mb': size_mb(a['path']), 'flipped': [], 'needed': 0, 'also': {m: dict.fromkeys(('value', 'low', 'high')) for m in METRICS}, 'over': {}}
@@ -338,6 +338,7 @@ def _row(a, kept, figures, y, pipeline, tests, device, budgets, parameters, buil
     if not isinstance(answer, dict) or told.get('error'):
         why = told.get('error') or str(answer)
         return row | {'verdict': 'fail', 'reason': f'it cannot decide: {why}', 'over': {'answers': [None, None]}}
+    row |= runtime(a['runtime']).footprint(a['path'])
     p = parity(kept['reference'], answer, (None, y), metric, tolerance, confidence, seed=seed)
     row |= {k: getattr(p, k) for k in ('value', 'low', 'high', 'delta', 'delta_low', 'delta_high')}
     row |= {'verdict': p.verdict, 'reason': p.reason, 'flipped': [tests[i].id for i in p.flipped], 'needed': p.needed, 'per_class': per_class(y, kept['reference'], answer, pipeline.classes, confidence),
@@ -348,7 +349,7 @@ def _row(a, kept, figures, y, pipeline, tests, device, budgets, parameters, buil
         row |= _judged(row, p, device, budgets, parameters, tolerance)
         if a.get('refused'): row |= {'verdict': 'fail', 'reason': f"refused on validation images: {a['refused']}" + ('' if p.verdict == 'pass' else f"; {row['reason']}"), 'over': {'validation': [None, None]}}   # test images do not choose
         if p.verdict == 'fail' and (blame := _blamed(row, built, [{'image': pipeline.before(tests[i].read())[None]} for i in range(min(4, len(tests)))])): row |= {'reason': f"{row['reason']}; {blame}"}
-    return _finite(row)
+    return finite(row)
 
 # %% ../nbs/05_verify.ipynb #e4428593
 def by_group(tests, y, kept, confidence=0.95) -> dict:

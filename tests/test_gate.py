@@ -9,12 +9,14 @@ from edgenb.bisect import culprit, first_step, in_words, layer_errors
 from edgenb.choice import AXES, choose, dominates, front_figure, pareto, within_budget
 from edgenb.compile import compile
 from edgenb.core import EdgenbError, Run, write_json
+from edgenb.device import device as find_device
 from edgenb.panel import calibration_error
 from edgenb.pipeline import image_pipeline
 from edgenb.runtime import RUNTIMES, Network, Variant, runtime, size_mb
 from edgenb.runtimes.onnx import OnnxRuntime, export_onnx
 from edgenb.search import Judgement, answers_of, distance, search
 from edgenb.ship import bundle_of, load_bundle, ship, shippable
+from edgenb.size import find_model
 from edgenb.squeeze import squeeze
 from edgenb.verify import agreement, parity, per_class, verify
 from nets import sensor_windows, trained_autoencoder
@@ -290,6 +292,48 @@ def test_an_artifact_whose_scores_are_no_numbers_is_no_choice_and_no_crash(copie
     only(copied, 'odd-fp32')
     result = verify(copied, tolerance=0.2, latency_budget_ms=50.0, timing_runs=5).result
     assert result['chosen'] is None and 'moving one bound alone would let nothing ship' in result['why']
+
+
+@pytest.mark.parametrize('arena, fits', [(200_000, True), (90_000_000, False)])
+def test_on_a_microcontroller_the_arena_that_was_measured_decides(arena, fits, copied, unmeasured, monkeypatch):
+    only(copied, 'odd-fp32')
+    monkeypatch.setattr(runtime('odd'), 'footprint', classmethod(lambda cls, path: {'flash_bytes': 300_000, 'arena_bytes': arena}))
+    verify(copied, device='esp32-s3', tolerance=0.2, latency_budget_ms=50.0, timing_runs=5)
+    found, size = row(copied, 'odd-fp32'), find_model(str(copied.path))
+    assert found['arena_bytes'] == arena and 'does not run odd' in found['reason'] and ('measured for esp32-s3' in found['reason']) is not fits
+    assert found['over'].keys() == {'runtime'} | (set() if fits else {'memory'})
+    told = find_device('esp32-s3').fit(size[0], measurements=size[1])
+    assert next(r for r in told.rows if r.precision == 'fp32').activations_mb == pytest.approx(arena/2**20)
+
+
+def test_an_artifact_tied_to_this_machine_passes_for_no_other(copied, unmeasured, monkeypatch):
+    only(copied, 'odd-fp32')
+    monkeypatch.setattr(runtime('odd'), 'tied', 'an odd engine runs only where it was built')
+    assert verify(copied, tolerance=0.2, latency_budget_ms=50.0, timing_runs=5).result['chosen'] == 'odd-fp32'
+    assert verify(copied, device='jetson-orin-nano', tolerance=0.2, latency_budget_ms=50.0, timing_runs=5).result['chosen'] is None
+    assert 'only where it was built: build it on jetson-orin-nano' in row(copied, 'odd-fp32')['reason']
+
+
+@pytest.mark.parametrize('p95, verdict, code', [(9.0, 'pass', 0), (20_000.0, 'fail', 1)])
+def test_a_device_is_held_to_the_budgets_of_the_run_and_its_figures_are_kept(p95, verdict, code, copied, monkeypatch, capsys):
+    from edgenb import remote
+    from edgenb.cli import main
+    ship(copied, artifact='odd-fp32')
+    def there(target, bundle, images, python, keep, **choices):
+        found = remote.local_measure(bundle, images, runs=2, warm_up=1, batches=())
+        return found | {'rows': [found['rows'][0] | {'p50_ms': p95/2, 'model_p50_ms': p95/3, 'p95_ms': p95}]}
+    monkeypatch.setattr(remote, 'remote_measure', there)
+    assert main(['verify', str(copied.path), '--on', 'ssh://pi@shelf-7:2222']) == code
+    said = capsys.readouterr().out
+    assert f'verdict    {verdict}: ' in said and ('latency p95, ms: 2e+04, the budget is 1e+04' in said) is (code == 1) and 'measured-pi-shelf-7-2222.json' in said
+    kept = find_model(str(copied.path))[1][-1]
+    assert (kept['measured_on'], kept['verdict'], kept['precision'], kept['p95_ms']) == ('ssh://pi@shelf-7:2222', verdict, 'fp32', p95)
+
+
+def test_no_bundle_is_packed_of_what_failed(tmp_path):
+    from edgenb.ship import pack
+    refused(lambda: pack(tmp_path/'bundle', 'model', {'artifact': 'odd-int8', 'verdict': 'fail', 'reason': 'loses 0.3'}, *[None]*6), 'odd-int8', 'loses 0.3')
+    assert not (tmp_path/'bundle').exists()
 
 
 # 8 bits that break, and 8 bits that hold --------------------------------------------------------------------------------

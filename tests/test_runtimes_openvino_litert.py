@@ -247,6 +247,8 @@ def test_the_c_array_compiles_to_the_bytes_of_the_artifact(sensors, tmp_path):
     text = header.read_text()
     assert all(word in text for word in ('AddConv2D', 'AddTransposeConv', 'input window (1, 8, 64) int8', 'output rebuilt'))
     refused(lambda: c_array(path, tmp_path, '2nd'), '2nd', 'identifier')
+    TFLiteMicro.sources(path, tmp_path/'bundle')
+    assert (tmp_path/'bundle'/'model.cc').read_text().count('0x') == path.stat().st_size
 
 
 @pytest.mark.skipif(not shutil.which('vela', path=str(Path(sys.executable).parent)), reason='no Vela')

@@ -140,6 +140,12 @@ class TFLiteMicro(Runtime):
         return one_at_a_time(*_function(interpreter_for(content), content, path)[:2], any_batch=False)
 
     @classmethod
+    def footprint(cls, path): return {'flash_bytes': Path(path).stat().st_size, 'arena_bytes': round(1000*arena_kb(path))}
+
+    @classmethod
+    def sources(cls, path, out_dir): c_array(path, out_dir)
+
+    @classmethod
     def trace(cls, path, example):
         content = _bytes(path)
         interpreter = interpreter_for(content, keep=True)
