@@ -117,15 +117,17 @@ def quantize_dynamic(prepared: Path, path: Path, keep: list = (), only: list = (
         _save(onnx.load(f'{scratch}/quantized.onnx'), path)
     return path
 
-def quantize_weights(prepared: Path, path: Path, bits: int = 4, block_size: int = 32) -> Path:
-    "Write a version whose matrix weights have 4 bits, in blocks with a scale each; activations stay FP32."
+def quantize_weights(prepared: Path, path: Path, bits: int = 4, block_size: int = 32, only: list | None = None) -> Path:
+    "Write a version whose matrix weights (of the nodes in `only`, if given) have `bits` bits, in blocks with a scale each; outside the products activations stay FP32."
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     logging.getLogger('onnxruntime.quantization.matmul_nbits_quantizer').setLevel(logging.ERROR)
     with quiet():
-        q = MatMulNBitsQuantizer(onnx.load(str(prepared)), bits=bits, block_size=block_size, is_symmetric=True, accuracy_level=4)
+        model = onnx.load(str(prepared))
+        others = [] if only is None else [n.name for n in model.graph.node if n.op_type == 'MatMul' and n.name not in only]
+        q = MatMulNBitsQuantizer(model, bits=bits, block_size=block_size, is_symmetric=True, accuracy_level=4, nodes_to_exclude=others)
         q.process()
-        if not any(n.op_type == 'MatMulNBits' for n in q.model.model.graph.node):
+        if only is None and not any(n.op_type == 'MatMulNBits' for n in q.model.model.graph.node):
             raise EdgenbError("onnxruntime int4: the network has no matrix multiplication with constant weights to put into 4 bits (convolutions stay as they are): use int8")
         _save(q.model.model, path)
     return path
@@ -225,8 +227,8 @@ class OnnxRuntime(Runtime):
             return cls.derive(fp32, variant, calibration, path, keep, only)
 
     @classmethod
-    def derive(cls, fp32: Path, variant: str, calibration: list, path: Path, keep: list = (), only: list = (), kept: dict | None = None) -> Path:
-        "`build` from an FP32 ONNX file; `kept`, a dict, remembers what was prepared and calibrated for the next call."
+    def derive(cls, fp32: Path, variant: str, calibration: list, path: Path, keep: list = (), only: list = (), kept: dict | None = None, blocks: bool = False) -> Path:
+        "`build` from an FP32 ONNX file; `kept`, a dict, remembers what was prepared and calibrated for the next call. With `blocks`, matrices in `keep` get 8-bit weights in blocks of 128."
         v, kept = cls.variants[variant], {} if kept is None else kept
         options = dict(v.options)
         if variant == 'fp32': return write_atomic(path, Path(fp32).read_bytes())
@@ -235,7 +237,9 @@ class OnnxRuntime(Runtime):
             if 'prepared' not in kept: kept['prepared'] = ready(fp32, Path(scratch)/'ready.onnx').read_bytes()
             prepared = Path(scratch)/'prepared.onnx'
             prepared.write_bytes(kept['prepared'])
-            try: return cls._quantize(prepared, variant, options, calibration, path, keep, only, kept)
+            try:
+                cls._quantize(prepared, variant, options, calibration, path, keep, only, kept)
+                return quantize_weights(path, path, bits=8, block_size=128, only=list(keep)) if blocks and keep else Path(path)
             except (EdgenbError, OSError): raise   # a full disk is no reason to choose another variant
             except Exception as e: raise EdgenbError(f'onnxruntime {variant}: its quantizer failed ({type(e).__name__}: {str(e).splitlines()[0][:200]}): choose another variant') from e
 
