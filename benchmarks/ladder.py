@@ -11,7 +11,7 @@ from edgenb.ladder import ladder, ladder_table
 from edgenb.measure import measure_all
 from edgenb.runtime import Network, runtimes
 
-TOLERANCE = {'sensor': 0.02, 'text': 0.1}   # of the AUC; of the share of texts whose nearest neighbour stays
+TOLERANCE = {'sensor': 0.02, 'text': 0.086}   # of the AUC; of the share of texts whose nearest neighbour stays: half of it is 0.05 less one standard error on 1,000 validation texts
 
 
 def here(*names): return [n for n in names if not runtimes()[n].missing(build=True)]

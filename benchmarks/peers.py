@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 import numpy as np
 from edgenb.choice import choose
-from edgenb.compile import compile, image_network
+from edgenb.compile import compile, network_of
 from edgenb.core import EdgenbError, Run, progress, settings
 from edgenb.data import data, examples_of
 from edgenb.measure import machine, measure_all
@@ -171,7 +171,7 @@ def main():
     python = olive_python(folder, args.olive_python and Path(args.olive_python).absolute())   # before anything that takes long
     run = trained(folder, args.run)
     net, pipeline = squeezed(run)
-    fp32 = export_onnx(image_network(net, pipeline), folder/'fp32.onnx')
+    fp32 = export_onnx(network_of(net, pipeline), folder/'fp32.onnx')
     ids = next(c['calibration'] for c in json.loads(run.file('squeeze', 'candidates.json').read_text(encoding='utf-8')) if c['precision'] == 'int8')
     held = {e.id: e for e in examples_of(run, 'validation')}
     calibration = [{'image': pipeline.before(held[i].read())[None]} for i in ids]

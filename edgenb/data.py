@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'Example', 'load_examples', 'save_examples', 'read_folder', 'read_coco', 'read_yolo', 'read_elpv',
-           'read_source', 'check_examples', 'split', 'freeze', 'add_training', 'data', 'examples_of']
+           'read_source', 'check_examples', 'split', 'freeze', 'add_training', 'data', 'examples_of', 'Unit',
+           'units_of']
 
 # %% ../nbs/01_data.ipynb #afc5f8c6
 import hashlib, json
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 from .core import EdgenbError, did_you_mean, digest, progress, room, within, write_atomic
-from .pipeline import decode
+from .pipeline import decode, row_bytes
 from .weights import fetch, weights_digest
 
 # %% ../nbs/01_data.ipynb #4649817e
@@ -21,19 +22,19 @@ from .weights import fetch, weights_digest
 class Example:
     "One labelled image."
     id: str                           # unique
-    path: str                         # of the image; relative to the folder of the source while it is being read
+    path: str                         # of the image, or 'windows.npy#17' for row 17 of an array; relative to the folder of the source while it is being read
     label: str                        # class
     group: str = ''                   # what results are also reported by: material, site, camera
     probability: float | None = None  # of not being the negative class, where the experts were unsure
     boxes: tuple = ()                 # of (x, y, width, height, class), pixels
     kind: str = 'real'                # 'real' or 'synthetic'
     split: str = ''                   # 'train', 'validation', 'field' or 'test'
-    sha256: str = ''                  # of the file
+    sha256: str = ''                  # of what `read` gives
 
     def read(self) -> bytes:
-        "The image file; refused if it is not the one that was frozen."
-        try: content = Path(self.path).read_bytes()
-        except OSError: raise EdgenbError(f'{self.path} is gone: restore it, or enter data again without it') from None
+        "The image file, or the row of an array as an .npy file; refused if it is not the one that was frozen."
+        try: content = row_bytes(self.path) if '.npy#' in self.path else Path(self.path).read_bytes()
+        except (OSError, ValueError): raise EdgenbError(f'{self.path} is gone: restore it, or enter data again without it') from None
         if self.sha256 and hashlib.sha256(content).hexdigest() != self.sha256:
             raise EdgenbError(f'{self.path} has changed since it was frozen: restore it, or enter data again')
         return content
@@ -296,3 +297,18 @@ def examples_of(run,          # a Run that `data` has been entered in
                ) -> list:
     "The frozen examples of a split."
     return [e for e in load_examples(run.file('data', 'examples.jsonl')) if split in (e.split, 'all')]
+
+@dataclass(frozen=True)
+class Unit:
+    "Consecutive test examples that are judged as one: the days before a failure, a month of an asset."
+    id: str
+    label: str       # class
+    group: str       # what results are also reported by
+    cluster: str     # what was drawn at random, such as the asset
+    first: int       # of the test examples
+    last: int        # not included
+
+def units_of(run) -> list:   # [] where every test example is judged by itself
+    "The units that `data` left for the test split."
+    if not any(p.endswith('/units.json') for p in run.card('data').wrote): return []
+    return [Unit(**u) for u in json.loads(run.file('data', 'units.json').read_text(encoding='utf-8'))]

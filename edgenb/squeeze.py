@@ -23,7 +23,7 @@ def fold(net):
     from torch.nn.utils.fusion import fuse_conv_bn_eval
     net = copy.deepcopy(net).eval()
     for m in net.modules():
-        if isinstance(getattr(m, 'conv', None), nn.Conv2d) and isinstance(getattr(m, 'norm', None), nn.BatchNorm2d):
+        if isinstance(getattr(m, 'conv', None), (nn.Conv1d, nn.Conv2d)) and isinstance(getattr(m, 'norm', None), (nn.BatchNorm1d, nn.BatchNorm2d)):
             m.conv, m.norm = fuse_conv_bn_eval(m.conv, m.norm), nn.Identity()
     return net
 

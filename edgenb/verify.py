@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'BOUNDS', 'FIGURES', 'accuracy', 'auc', 'detection_rate', 'false_positive_rate', 'find_metric',
            'rate_interval', 'interval', 'paired_interval', 'Parity', 'parity', 'examples_needed', 'per_class',
-           'agreement', 'answers', 'measured', 'finite', 'over_budget', 'verify', 'by_group', 'load_answers',
-           'parity_table', 'changes_table', 'choice_table']
+           'agreement', 'answers', 'over_units', 'measured', 'finite', 'over_budget', 'verify', 'by_group',
+           'load_scores', 'load_answers', 'parity_table', 'changes_table', 'choice_table']
 
 # %% ../nbs/05_verify.ipynb #19d77049
 import json, math, os, platform
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 from .core import EdgenbError, did_you_mean, digest_of, progress, room, within, write_json
-from .data import examples_of
+from .data import examples_of, units_of
 from .device import device as find_device, fit
 from .runtime import LIBRARIES, runtime, size_mb
 
@@ -49,11 +49,12 @@ def find_metric(name: str):
     return METRICS[name]
 
 # %% ../nbs/05_verify.ipynb #f08d548c
-def _draws(y, answers, function, resamples, seed):
-    "Metric of each answer on bootstrap draws of the images: (resamples, answers)."
+def _draws(y, answers, function, resamples, seed, clusters=None):
+    "Metric of each answer on bootstrap draws of the examples, or of whole clusters of them: (resamples, answers)."
     rng, out = np.random.default_rng(seed), []
+    members = None if clusters is None else [np.nonzero(np.asarray(clusters) == c)[0] for c in dict.fromkeys(clusters)]
     for _ in range(resamples):
-        rows = rng.integers(0, len(y), len(y))
+        rows = rng.integers(0, len(y), len(y)) if members is None else np.concatenate([members[c] for c in rng.integers(0, len(members), len(members))])
         out.append([function(y[rows], {k: v if k == 'negative' else v[rows] for k, v in a.items()}) for a in answers])
     return np.array(out)
 
@@ -64,12 +65,14 @@ def rate_interval(successes: int, n: int, confidence: float = 0.95) -> tuple:
     ci = binomtest(successes, n).proportion_ci(confidence, method='wilson')
     return float(ci.low), float(ci.high)
 
-def interval(y, answer, name: str, confidence: float = 0.95, seed: int = 0) -> tuple:
-    "(value, low, high) of a metric."
+def interval(y, answer, name: str, confidence: float = 0.95, seed: int = 0, clusters=None) -> tuple:
+    "(value, low, high) of a metric; `clusters`, one an example, are what was drawn at random, such as assets with several examples each."
     function, _ = find_metric(name)
     value = function(y, answer)
-    if name == 'auc':
-        low, high = np.nanquantile(_draws(y, [answer], function, 1000, seed)[:, 0], [(1 - confidence)/2, (1 + confidence)/2])
+    if name == 'auc' or clusters is not None:
+        draws = _draws(y, [answer], function, 1000, seed, clusters)[:, 0]
+        if not np.isfinite(draws).any(): return value, float('nan'), float('nan')
+        low, high = np.nanquantile(draws, [(1 - confidence)/2, (1 + confidence)/2])
         return value, float(low), float(high)
     n = {'accuracy': len(y), 'detection rate': int((y != answer['negative']).sum()), 'false-positive rate': int((y == answer['negative']).sum())}[name]
     return value, *rate_interval(round(value*n) if n else 0, n, confidence)
@@ -121,10 +124,10 @@ def _right(y, answer, name):
     of = {'accuracy': np.ones(len(y), bool), 'detection rate': y != answer['negative'], 'false-positive rate': y == answer['negative']}[name]
     return (answer['label'] == y if name == 'accuracy' else answer['label'] != answer['negative'])[of]
 
-def _difference(y, a, b, name, confidence, resamples, seed):
+def _difference(y, a, b, name, confidence, resamples, seed, clusters=None):
     "(low, high, standard deviation of one image's share) of the metric's difference b - a."
-    if name == 'auc':
-        draws = _draws(y, [a, b], auc, resamples, seed)
+    if name == 'auc' or clusters is not None:
+        draws = _draws(y, [a, b], find_metric(name)[0], resamples, seed, clusters)
         differences = draws[:, 1] - draws[:, 0]
         low, high = np.nanquantile(differences, [(1 - confidence)/2, (1 + confidence)/2])
         return float(low), float(high), float(np.nanstd(differences))*math.sqrt(len(y))
@@ -137,7 +140,9 @@ def parity(reference,                    # callable from images to {'label', 'sc
            data: tuple,                  # (images, labels as class indices)
            metric: str = 'accuracy',     # of `METRICS`
            tolerance: float = 0.02,      # loss of the metric that is still fine
-           confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Parity:
+           confidence: float = 0.95, resamples: int = 2000, seed: int = 0,
+           clusters=None                    # one an example: examples of a cluster (an asset, a patient) are no independent ones; the interval then comes from draws of clusters
+          ) -> Parity:
     "Non-inferiority of `candidate`: the paired confidence bound of the loss against `tolerance`."
     from scipy.stats import norm
     images, y = data[0], np.asarray(data[1])
@@ -148,14 +153,14 @@ def parity(reference,                    # callable from images to {'label', 'sc
     if not np.isfinite(function(y, a)): raise EdgenbError(f'parity: {metric} cannot be computed on these {len(y)} images, which are all of one kind: it needs defective and good ones')
     flipped = np.nonzero(a['label'] != b['label'])[0]
     if not np.isfinite(b['score']).all(): return Parity(metric, *[float('nan')]*6, len(y), flipped.tolist(), 0, 'fail', 'its scores are not finite numbers')
-    delta, (low, high, spread) = function(y, b) - function(y, a), _difference(y, a, b, metric, confidence, resamples, seed)
+    delta, (low, high, spread) = function(y, b) - function(y, a), _difference(y, a, b, metric, confidence, resamples, seed, clusters)
     worst, best = (low, high) if sign > 0 else (-high, -low)
     verdict = 'pass' if worst >= -tolerance else 'fail' if best < -tolerance else 'undecided'
     room, z = tolerance + sign*delta, norm.ppf((1 + confidence)/2)
     needed = 0 if verdict != 'undecided' or room < 1e-6 else math.ceil(max(((z + norm.ppf(0.8))*spread/room)**2, z**2*(1 - room)/room))
     reason = {'pass': f'loses at most {max(0, -worst):.3f} {metric}, tolerance {tolerance}', 'fail': f'loses at least {-best:.3f} {metric}, tolerance {tolerance}',
               'undecided': f'may lose up to {-worst:.3f} {metric}, tolerance {tolerance}: ' + (f'about {needed} test images would decide' if needed else 'the loss seen exceeds the tolerance, more images would most likely fail it')}[verdict]
-    return Parity(metric, *interval(y, b, metric, confidence, seed), delta, low, high, len(y), flipped.tolist(), needed, verdict, reason)
+    return Parity(metric, *interval(y, b, metric, confidence, seed, clusters), delta, low, high, len(y), flipped.tolist(), needed, verdict, reason)
 
 # %% ../nbs/05_verify.ipynb #3bdf87fa
 def examples_needed(claim: float,                # the rate to prove, e.g. 0.972
@@ -212,7 +217,7 @@ def answers(models: dict,    # name -> function, or the `EdgenbError` that loadi
     from edgenb.runtimes.common import reason
     logits, failed = {n: [] for n in models}, {n: m for n, m in models.items() if isinstance(m, EdgenbError)}
     chunks = [examples[i:i + 64] for i in range(0, len(examples), 64)]
-    for chunk in progress(chunks, desc='deciding on test images', unit='64 images'):
+    for chunk in progress(chunks, desc='deciding on test examples', unit='64 examples'):
         inputs = np.stack([pipeline.before(e.read()) for e in chunk])
         for n, model in models.items():
             if n in failed: continue
@@ -220,6 +225,11 @@ def answers(models: dict,    # name -> function, or the `EdgenbError` that loadi
             except EdgenbError as e: failed[n] = e
             except Exception as e: failed[n] = EdgenbError(f'{type(e).__name__}: {reason(e)}')   # whatever an engine raises, it is that artifact's failure
     return {n: failed[n] if n in failed else pipeline.after({'logits': np.concatenate(l)}) | {'negative': negative} for n, l in logits.items()}
+
+def over_units(answer: dict, units: list) -> dict:
+    "The answer for each unit: the largest score of its examples, and the label that goes with it."
+    at = [u.first + int(np.argmax(answer['score'][u.first:u.last])) for u in units]
+    return {'score': np.asarray(answer['score'])[at], 'label': np.asarray(answer['label'])[at], 'negative': answer['negative']}
 
 def _loaded(artifact):
     "An artifact's model, or the error that loading it ends in: that is a verdict on it, not on the others."
@@ -307,27 +317,32 @@ def verify(run,
     budgets = {'latency_budget_ms': latency_budget_ms, 'size_budget_mb': size_budget_mb, 'memory_budget_mb': memory_budget_mb, 'energy_budget_mj': energy_budget_mj}
     within('verify', 0, None, **budgets)
     about, tests = find_device(device), examples_of(run, 'test')
+    subjects = units_of(run) or tests   # what is judged as one
     _, pipeline = tuned(run)
-    y, negative = np.array([pipeline.classes.index(e.label) for e in tests]), pipeline.step('decide')['negative']
+    y, negative = np.array([pipeline.classes.index(e.label) for e in subjects]), pipeline.step('decide')['negative']
     reference = {'artifact': 'reference', 'runtime': 'torch', 'precision': 'fp32', 'path': run.file('tune', 'model.safetensors'), 'runs_here': True}
     hop = {'artifact': 'squeezed', 'runtime': 'torch', 'precision': 'fp32', 'path': run.file('squeeze', 'squeezed.safetensors'), 'runs_here': True}
     built = [a | {'path': run.file('compile', a['file'])} for a in run.card('compile').result['artifacts']]
     here = [a for a in built if a['runs_here']]
     kept = answers({'reference': runtime('torch').load(reference['path']), 'squeezed': torch_callable(squeezed(run)[0]), **{a['artifact']: _loaded(a) for a in here}}, pipeline, tests, negative)
+    each = {n: a for n, a in kept.items() if isinstance(a, dict)}
+    if subjects is not tests: kept |= {n: over_units(a, subjects) for n, a in each.items()}
     figures = measured([{'artifact': a['artifact'], 'runtime': a['runtime'], 'file': a['path'], 'pipeline': run.file('tune', 'pipeline.json'), 'inputs': [e.path for e in tests[:50]]} for a in (reference, *here)],
                        latency_budget_ms, runs=timing_runs, num_threads=num_threads, power_w=about.power_w if device == 'local' else ())
-    rows = [_row(a, kept, figures, y, pipeline, tests, about, budgets, run.card('squeeze').result['parameters'], built, metric, tolerance, confidence, seed) for a in (reference, hop, *built)]
+    few = [{pipeline.input: pipeline.before(e.read())[None]} for e in tests[:4]]
+    rows = [_row(a, kept, figures, y, pipeline, subjects, few, about, budgets, run.card('squeeze').result['parameters'], built, metric, tolerance, confidence, seed) for a in (reference, hop, *built)]
     kept = {n: a for n, a in kept.items() if isinstance(a, dict)}
-    write_json(run.new('parity.json'), {'rows': rows, 'images': len(tests)})
+    write_json(run.new('parity.json'), {'rows': rows, 'images': len(subjects)})
+    if subjects is not tests: np.savez(run.new('each.npz'), **{f'{n} score': a['score'] for n, a in each.items()})
     np.savez(run.new('answers.npz'), y=y, **{f'{n} {k}': a[k] for n, a in kept.items() for k in ('score', 'label')})
     choice = choose(rows)
-    return {'rows': rows, 'chosen': choice.artifact, 'why': choice.why, 'why_not': choice.why_not, 'front': choice.front, 'images': len(tests), 'classes': list(pipeline.classes), 'negative': negative,
-            'budget': {'device': device, 'latency_ms': latency_budget_ms, 'tolerance': tolerance}, 'overridden_gates': run.card('tune').result['overridden_gates'], 'by_group': by_group(tests, y, kept, confidence)}
+    return {'rows': rows, 'chosen': choice.artifact, 'why': choice.why, 'why_not': choice.why_not, 'front': choice.front, 'images': len(subjects), 'classes': list(pipeline.classes), 'negative': negative,
+            'budget': {'device': device, 'latency_ms': latency_budget_ms, 'tolerance': tolerance}, 'overridden_gates': run.card('tune').result['overridden_gates'], 'by_group': by_group(subjects, y, kept, confidence)}
 
 # %% ../nbs/05_verify.ipynb #fdd6fb7f
 FIGURES = ('p50_ms', 'p95_ms', 'p99_ms', 'model_p50_ms', 'model_p95_ms', 'model_p99_ms', 'rss_mb', 'runs', 'threads', 'first_ms', 'load_ms', 'cpu_ms', 'batch_ms', 'energy_mj', 'energy_how', 'spread', 'busy')
 
-def _row(a, kept, figures, y, pipeline, tests, device, budgets, parameters, built, metric, tolerance, confidence, seed) -> dict:
+def _row(a, kept, figures, y, pipeline, subjects, few, device, budgets, parameters, built, metric, tolerance, confidence, seed) -> dict:
     "The row of a hop or artifact."
     name, answer, told = a['artifact'], kept.get(a['artifact']), figures.get(a['artifact'], {})
     row = {'artifact': name, 'runtime': a['runtime'], 'precision': a['precision'], 'device': device.name, 'metric': metric, **dict.fromkeys(('value', 'low', 'high', 'delta', 'delta_low', 'delta_high')),
@@ -339,16 +354,17 @@ def _row(a, kept, figures, y, pipeline, tests, device, budgets, parameters, buil
         why = told.get('error') or str(answer)
         return row | {'verdict': 'fail', 'reason': f'it cannot decide: {why}', 'over': {'answers': [None, None]}}
     row |= runtime(a['runtime']).footprint(a['path'])
-    p = parity(kept['reference'], answer, (None, y), metric, tolerance, confidence, seed=seed)
+    clusters = [s.cluster for s in subjects] if hasattr(subjects[0], 'cluster') else None
+    p = parity(kept['reference'], answer, (None, y), metric, tolerance, confidence, seed=seed, clusters=clusters)
     row |= {k: getattr(p, k) for k in ('value', 'low', 'high', 'delta', 'delta_low', 'delta_high')}
-    row |= {'verdict': p.verdict, 'reason': p.reason, 'flipped': [tests[i].id for i in p.flipped], 'needed': p.needed, 'per_class': per_class(y, kept['reference'], answer, pipeline.classes, confidence),
+    row |= {'verdict': p.verdict, 'reason': p.reason, 'flipped': [subjects[i].id for i in p.flipped], 'needed': p.needed, 'per_class': per_class(y, kept['reference'], answer, pipeline.classes, confidence),
             'agreement': agreement(y, kept['reference'], answer) if np.isfinite(answer['score']).all() else None,
-            'also': {m: dict(zip(('value', 'low', 'high'), interval(y, answer, m, confidence, seed))) for m in METRICS}}
+            'also': {m: dict(zip(('value', 'low', 'high'), interval(y, answer, m, confidence, seed, clusters))) for m in METRICS}}
     if name == 'reference': row |= {'reason': 'what the others are compared with'}
     elif a['runtime'] != 'torch':
         row |= _judged(row, p, device, budgets, parameters, tolerance)
         if a.get('refused'): row |= {'verdict': 'fail', 'reason': f"refused on validation images: {a['refused']}" + ('' if p.verdict == 'pass' else f"; {row['reason']}"), 'over': {'validation': [None, None]}}   # test images do not choose
-        if p.verdict == 'fail' and (blame := _blamed(row, built, [{'image': pipeline.before(tests[i].read())[None]} for i in range(min(4, len(tests)))])): row |= {'reason': f"{row['reason']}; {blame}"}
+        if p.verdict == 'fail' and (blame := _blamed(row, built, few)): row |= {'reason': f"{row['reason']}; {blame}"}
     return finite(row)
 
 # %% ../nbs/05_verify.ipynb #e4428593
@@ -363,6 +379,10 @@ def by_group(tests, y, kept, confidence=0.95) -> dict:
             right = int((answer['label'][rows] == y[rows]).sum())
             found[name][g] = dict(zip(('value', 'low', 'high', 'n'), (right/int(rows.sum()), *rate_interval(right, int(rows.sum()), confidence), int(rows.sum()))))
     return found
+
+def load_scores(run) -> dict:   # artifact -> (n,)
+    "The score of every test example by itself, where `verify` judged units of several."
+    with np.load(run.file('verify', 'each.npz')) as z: return {k.rsplit(' ', 1)[0]: z[k] for k in z.files}
 
 def load_answers(run) -> tuple:
     "(truth, {artifact: {'score', 'label'}}) of the test images that `verify` judged."
