@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEP', 'ADVICE', 'PROTOCOL', 'image_files', 'local_measure', 'ssh_command', 'explain', 'serve', 'copy_exactly',
-           'remote_measure', 'judge', 'kept_figures', 'alike', 'verify_bundle', 'report_text']
+           'remote_measure', 'judge', 'kept_figures', 'alike', 'row_files', 'verify_bundle', 'report_text']
 
 # %% ../nbs/19_remote.ipynb #e3823874
 import base64, contextlib, io, json, os, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, zipfile
@@ -152,11 +152,13 @@ def _received(target, python, code, out, said):
 # %% ../nbs/19_remote.ipynb #7adbf535
 def judge(run: Run, row: dict, answers: dict) -> dict:
     "A device's answers on a run's test set and its figures, by the run's own metric, tolerance and budgets."
-    from edgenb.verify import BOUNDS, finite, load_answers, over_budget, parity
+    from edgenb.data import units_of
+    from edgenb.verify import BOUNDS, finite, load_answers, over_budget, over_units, parity
     asked, report, (y, known) = run.card('verify').asked, run.card('verify').result, load_answers(run)
     negative = report['negative']
-    p = parity(known['reference'] | {'negative': negative}, {'score': answers['score'], 'label': answers['label'], 'negative': negative}, (None, y),
-               asked['metric'], asked['tolerance'], asked['confidence'])
+    units, found = units_of(run), {'score': answers['score'], 'label': answers['label'], 'negative': negative}
+    p = parity(known['reference'] | {'negative': negative}, over_units(found, units) if units else found, (None, y),
+               asked['metric'], asked['tolerance'], asked['confidence'], clusters=[u.cluster for u in units] or None)
     over = over_budget(row, {k: asked[k] for k in BOUNDS})
     wrong = ([p.reason] if p.verdict == 'fail' or not over else []) + [f'{bound}: {figure:.4g}, the budget is {limit:.4g}' for bound, (figure, limit) in over.items()]
     return finite({k: getattr(p, k) for k in ('metric', 'value', 'low', 'high', 'delta', 'delta_low', 'delta_high')}) | {'verdict': 'fail' if over else p.verdict, 'reason': '; '.join(wrong), 'over': over, 'flipped': len(p.flipped)}
@@ -171,6 +173,15 @@ def alike(here: dict, there: dict) -> dict:
     "How far a bundle's answers on two machines differ."
     return {'images': len(here['label']), 'flipped': np.nonzero(here['decision'] != there['decision'])[0].tolist(), 'score_difference': float(np.abs(here['score'] - there['score']).max())}
 
+def row_files(paths: list, folder: str | Path) -> list:
+    "Paths of files; rows of arrays (`windows.npy#17`) are written into the folder as files of their own."
+    from edgenb.pipeline import row_bytes
+    found = []
+    for n, p in enumerate(map(str, paths)):
+        if '.npy#' in p: (Path(folder)/f'{n:06}.npy').write_bytes(row_bytes(p)); p = str(Path(folder)/f'{n:06}.npy')
+        found.append(p)
+    return found
+
 def verify_bundle(path: str | Path,        # of a bundle, or of a run that shipped one
                   images: list = (),       # files and folders; a run's test set if none
                   on: str | None = None,   # ssh://[user@]host[:port]; this machine if none
@@ -184,7 +195,9 @@ def verify_bundle(path: str | Path,        # of a bundle, or of a run that shipp
         from edgenb.data import examples_of
         files = [e.path for e in examples_of(run, 'test')]
     else: files, run = image_files(images), None
-    found = remote_measure(on, bundle, files, python, keep, **choices) if on else local_measure(bundle, files, **choices)
+    with tempfile.TemporaryDirectory() as rows:
+        sent = row_files(files, rows)
+        found = remote_measure(on, bundle, sent, python, keep, **choices) if on else local_measure(bundle, sent, **choices)
     row, steps = found['rows'][0], {k.removeprefix(STEP): found['answers'].pop(k) for k in list(found['answers']) if k.startswith(STEP)}
     if row['error']: raise EdgenbError(f"{on or 'this machine'}: {row['artifact']}: {row['error']}")
     if on and steps: found['first_step_apart'] = first_apart(step_outputs(Pipeline.load(bundle/'pipeline.json'), files[0]), steps)
