@@ -204,7 +204,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'edgenb.measure.energy_counter': ('measure.html#energy_counter', 'edgenb/measure.py'),
                                 'edgenb.measure.energy_estimate': ('measure.html#energy_estimate', 'edgenb/measure.py'),
                                 'edgenb.measure.machine': ('measure.html#machine', 'edgenb/measure.py'),
-                                'edgenb.measure.measure': ('measure.html#measure', 'edgenb/measure.py'),
                                 'edgenb.measure.measure_all': ('measure.html#measure_all', 'edgenb/measure.py'),
                                 'edgenb.measure.measure_energy': ('measure.html#measure_energy', 'edgenb/measure.py'),
                                 'edgenb.measure.peak_memory_mb': ('measure.html#peak_memory_mb', 'edgenb/measure.py'),

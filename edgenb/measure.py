@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIMITS', 'HELD', 'FIGURES', 'peak_memory_mb', 'percentiles', 'machine', 'rapl', 'Sampled', 'energy_counter',
            'energy_estimate', 'emulation', 'Subject', 'Worker', 'child', 'Gone', 'Process', 'Measured',
-           'measure_energy', 'measure_all', 'measure']
+           'measure_energy', 'measure_all']
 
 # %% ../nbs/16_measure.ipynb #d3a1bc06
 import contextlib, json, os, platform, queue, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -400,14 +400,3 @@ def measure_all(candidates: list,               # of {'artifact', 'runtime', 'fi
         return [s.row(why, power_w, threads=num_threads, busy=busy, emulated=emulated) for s in subjects]
     finally:
         for s in subjects: s.close()
-
-# %% ../nbs/16_measure.ipynb #7958d608
-def measure(runtime: str,                  # by name
-            file: str | Path,              # the artifact
-            pipeline: str | Path | None,   # pipeline.json
-            images: list,                  # paths of image files, taken in turn
-            runs: int = 200, warm_up: int = 20, num_threads: int = 1) -> dict:
-    "The figures of one artifact, without the batch curve; `EdgenbError` if it fails."
-    row, = measure_all([{'artifact': Path(file).name, 'runtime': runtime, 'file': file, 'pipeline': pipeline, 'inputs': images}], runs, warm_up, num_threads, batches=())
-    if row['error']: raise EdgenbError(f"measuring {Path(file).name} failed: {row['error']}")
-    return {k: v for k, v in row.items() if k not in ('artifact', 'runtime', 'error', 'answers')}

@@ -6,7 +6,7 @@ import pytest
 import edgenb.measure
 from edgenb.cli import main
 from edgenb.core import EdgenbError, digest, digest_of, write_json
-from edgenb.measure import energy_counter, measure, measure_all, percentiles
+from edgenb.measure import energy_counter, measure_all, percentiles
 from edgenb.pipeline import image_pipeline
 from edgenb.remote import PROTOCOL, image_files, local_measure, remote_measure, verify_bundle
 
@@ -199,13 +199,6 @@ def test_candidates_that_fail_leave_a_row_and_the_others_go_on(actor, tmp_path):
     for name in ('good', 'last'): assert rows[name]['error'] == '' and rows[name]['runs'] == 10 and rows[name]['batch_ms']
     assert not any(alive(e['pid']) for e in events(log))
     assert {len(r) for r in rows.values()} == {len(rows['good'])}
-
-
-def test_one_artifact_that_fails_is_an_error(actor):
-    c = actor('raise', then='raise')
-    refused(lambda: measure('actor', c['file'], None, c['inputs']), 'measuring raise.actor failed', 'no such operator: Foo')
-    c = actor('good')
-    assert measure('actor', c['file'], None, c['inputs'], runs=3)['runs'] == 3
 
 
 @pytest.mark.parametrize('ending', [signal.SIGINT, signal.SIGKILL])
