@@ -11,6 +11,7 @@ torch = pytest.importorskip('torch')
 from edgenb.core import EdgenbError
 from edgenb.runtime import Network, size_mb
 from edgenb.runtimes import coreml, optimum, tensorrt
+from edgenb.runtimes.common import replacing
 from edgenb.runtimes.coreml import CoreML
 from edgenb.runtimes.executorch import ExecuTorch, facts, hushed
 from edgenb.runtimes.onnx import OnnxRuntime, export_onnx
@@ -83,6 +84,59 @@ def test_one_example_cannot_set_the_ranges(runtime, variant, tmp_path):
     if runtime is ExecuTorch and ExecuTorch.missing(build=True): pytest.skip(ExecuTorch.missing(build=True))
     assert 'needs at least 8 calibration examples, got 1' in refusal(lambda: build(network, variant, images[:1], tmp_path/'x'))
     assert not list(tmp_path.iterdir())
+
+
+# Files that are whole
+
+REPLACED = """
+import os, sys
+from pathlib import Path
+from edgenb.runtimes.common import replacing
+real, names = os.replace, []
+def replace(a, b):
+    names.append(a)
+    if len(names) == int(sys.argv[2]): HARM
+    real(a, b)
+os.replace = replace
+with replacing(Path(sys.argv[1])) as whole:
+    whole.mkdir()
+    (whole/'weights').write_text('new')
+"""
+
+@pytest.fixture
+def older(tmp_path):
+    (tmp_path/'a.executorch').mkdir()
+    (tmp_path/'a.executorch'/'weights').write_text('old')
+    return tmp_path/'a.executorch'
+
+def test_a_folder_takes_the_place_of_another_and_leaves_nothing_beside_it(older):
+    with replacing(older) as whole:
+        whole.mkdir()
+        (whole/'weights').write_text('new')
+        (whole.parent/'scratch').write_text('of the tool')
+    assert (older/'weights').read_text() == 'new' and [p.name for p in older.parent.iterdir()] == ['a.executorch']
+    with replacing(older) as whole: whole.write_text('a file')
+    assert older.read_text() == 'a file' and [p.name for p in older.parent.iterdir()] == ['a.executorch']
+
+@pytest.mark.parametrize('rename', [1, 2])
+def test_a_rename_that_fails_leaves_the_older_folder_in_its_place(rename, older):
+    done = subprocess.run([sys.executable, '-c', REPLACED.replace('HARM', "raise OSError('no space left')"), str(older), str(rename)], capture_output=True, text=True)
+    assert 'no space left' in done.stderr and (older/'weights').read_text() == 'old' and [p.name for p in older.parent.iterdir()] == ['a.executorch']
+
+@pytest.mark.parametrize('rename', [1, 2])
+def test_power_loss_between_the_renames_loses_neither_folder(rename, older):
+    done = subprocess.run([sys.executable, '-c', REPLACED.replace('HARM', 'os._exit(9)'), str(older), str(rename)])
+    assert done.returncode == 9 and sorted(p.read_text() for p in older.parent.rglob('weights')) == ['new', 'old']
+
+def test_what_cannot_be_put_back_is_not_deleted_either(older, monkeypatch):
+    real, calls = os.replace, []
+    def replace(a, b):
+        calls.append(a)
+        if len(calls) > 1: raise OSError('the disk is gone')
+        real(a, b)
+    monkeypatch.setattr(os, 'replace', replace)
+    with pytest.raises(OSError), replacing(older) as whole: whole.mkdir()
+    assert [p.read_text() for p in older.parent.rglob('weights')] == ['old']
 
 
 # ExecuTorch

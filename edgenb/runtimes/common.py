@@ -33,15 +33,19 @@ def checked(runtime, network, variant: str, calibration: list):
 # %% ../../nbs/runtimes/common.ipynb #3972a46b
 @contextlib.contextmanager
 def replacing(path: Path):
-    "A temporary name beside `path` (a file or a folder is written there), which takes its place if the block ends well and is removed if not."
+    """A temporary name beside `path` (a file or a folder is written there, what else is written into its parent is scratch), which takes its place if
+    the block ends well and is removed if not. What was there is deleted last: at every moment one of them is on the disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
+    aside = work/f'{path.name}.before'
     try:
         yield work/path.name
-        if path.is_dir(): shutil.rmtree(path)
+        if path.is_dir(): os.replace(path, aside)   # no rename replaces a folder that holds something
         os.replace(work/path.name, path)
-    finally: shutil.rmtree(work, ignore_errors=True)
+    finally:
+        if os.path.lexists(aside) and not os.path.lexists(path): os.replace(aside, path)
+        shutil.rmtree(work, ignore_errors=True)
 
 # %% ../../nbs/runtimes/common.ipynb #85a577fc
 @contextlib.contextmanager

@@ -6,12 +6,12 @@
 __all__ = ['SMALL', 'converted', 'compressed', 'io_of', 'expected_bytes', 'check', 'CoreML']
 
 # %% ../../nbs/runtimes/coreml.ipynb #23e4dd83
-import os, platform, shutil, tempfile
+import os, platform
 from pathlib import Path
 import numpy as np
 from ..core import EdgenbError, file_errors
 from ..runtime import Network, Runtime, Variant, one_at_a_time
-from .common import checked
+from .common import checked, replacing
 from .executorch import LONGEST, exported, hushed, origin
 
 # %% ../../nbs/runtimes/coreml.ipynb #ec8f81ef
@@ -86,14 +86,13 @@ class CoreML(Runtime):
         bits, path = checked(cls, network, variant, calibration).options['bits'], Path(path)
         if bits < 16 and not any(p.numel() >= SMALL for p in network.net.parameters()):
             raise EdgenbError(f'coreml {variant}: no weight of the network has {SMALL} values or more, nothing would become smaller: build fp16')
-        with file_errors(path), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            made = Path(scratch)/'made.mlpackage'
+        with file_errors(path), replacing(path) as whole:
+            made = whole.with_suffix('.mlpackage')   # the only one that coremltools writes
             with hushed():
                 model = converted(network, half=bits < 32)
                 (compressed(model, bits) if bits < 16 else model).save(str(made))
             check(network, made, bits)
-            if path.is_dir(): shutil.rmtree(path)
-            os.replace(made, path)
+            os.replace(made, whole)
         return path
 
     @classmethod

@@ -7,12 +7,12 @@ __all__ = ['LONGEST', 'hushed', 'exported', 'origin', 'delegated', 'lowered', 'q
            'refusal']
 
 # %% ../../nbs/runtimes/executorch.ipynb #9d14519f
-import contextlib, dataclasses, json, logging, os, re, shutil, sys, tempfile
+import contextlib, dataclasses, json, logging, os, re, sys, tempfile
 from pathlib import Path
 import numpy as np
 from ..core import EdgenbError, digest, file_errors, write_json
 from ..runtime import Network, Runtime, Variant, one_at_a_time
-from .common import checked
+from .common import checked, replacing
 from .onnx import quiet
 
 # %% ../../nbs/runtimes/executorch.ipynb #98cf5d3d
@@ -122,16 +122,14 @@ class ExecuTorch(Runtime):
     def build(cls, network, variant, calibration, path):
         if why := cls.missing(build=True): raise EdgenbError(why)
         v, path = checked(cls, network, variant, calibration), Path(path)
-        with file_errors(path), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            (folder := Path(scratch)/'made').mkdir()
+        with file_errors(path), replacing(path) as folder:
+            folder.mkdir()
             with hushed():
                 try: write_program(exported(network) if v.precision == 'fp32' else quantized(network, calibration, **v.options), network, folder)
                 except EdgenbError: raise
                 except Exception as e: raise refusal(network, variant, e) from e
             try: cls.load(folder)(network.inputs)
             except EdgenbError as e: raise refusal(network, variant, e) from e
-            if path.is_dir(): shutil.rmtree(path)
-            os.replace(folder, path)
         return path
 
     @classmethod

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from ..core import EdgenbError, file_errors, write_atomic
 from ..runtime import Network, Runtime, Variant, one_at_a_time
-from .common import checked
+from .common import checked, replacing
 from .onnx import export_onnx, half, quiet, ready, tensor_ranges
 from ..weights import cache_folder
 
@@ -27,14 +27,13 @@ def quantized_onnx(fp32: Path, calibration: list, path: Path) -> Path:
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
     options = {'ActivationSymmetric': True, 'WeightSymmetric': True, 'AddQDQPairToWeight': True, 'DedicatedQDQPair': True, 'QuantizeBias': False,
                'OpTypesToExcludeOutputQuantization': WEIGHTED}
-    with tempfile.TemporaryDirectory(dir=Path(path).parent) as scratch:
+    with replacing(path) as whole, tempfile.TemporaryDirectory(dir=whole.parent) as scratch:
         prepared = ready(fp32, Path(scratch)/'prepared.onnx')
         ranges = tensor_ranges(prepared, calibration, 'MinMax')
         with quiet():
             q = QDQQuantizer(onnx.load(str(prepared)), True, False, QuantType.QInt8, QuantType.QInt8, ranges, [], [], WEIGHTED, options)
             q.quantize_model()
-            onnx.save(q.model.model, f'{scratch}/quantized.onnx')
-        os.replace(f'{scratch}/quantized.onnx', path)
+            onnx.save(q.model.model, str(whole))
     return Path(path)
 
 def check_quantization(path: Path) -> int:   # of quantized tensors
@@ -58,12 +57,11 @@ def onnx_for(network: Network, variant: str, calibration: list, path: Path) -> P
     "Write the graph that TensorRT compiles for a variant; needs no GPU, and runs in ONNX Runtime for a first look at what it answers."
     v, path = checked(TensorRT, network, variant, calibration), Path(path)
     if v.precision == 'fp32': return export_onnx(network, path)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        fp32, made = export_onnx(network, Path(scratch)/'fp32.onnx'), Path(scratch)/'made.onnx'
+    with replacing(path) as made, tempfile.TemporaryDirectory(dir=made.parent) as scratch:
+        fp32 = export_onnx(network, Path(scratch)/'fp32.onnx')
         if v.precision == 'fp16': half(fp32, made)
         elif not check_quantization(quantized_onnx(fp32, calibration, made)):
             raise EdgenbError(f"tensorrt {variant}: the network has none of {', '.join(WEIGHTED)}, nothing would become smaller: build fp16")
-        os.replace(made, path)
     return path
 
 # %% ../../nbs/runtimes/tensorrt.ipynb #226cbd72
