@@ -2,7 +2,7 @@
 
 Core ML packages cannot run here, nor TensorRT engines: packages are opened and their weights compared; TensorRT's Python interface is played by
 `fake_tensorrt`, which follows its documentation, insists on its order of calls and computes with ONNX Runtime. It proves the calls, not the engine."""
-import contextlib, ctypes, enum, importlib.machinery, importlib.metadata, json, os, platform, subprocess, sys, types
+import contextlib, ctypes, enum, importlib.machinery, importlib.metadata, json, logging, os, platform, subprocess, sys, types, warnings
 from collections import OrderedDict
 from pathlib import Path
 import numpy as np
@@ -11,9 +11,9 @@ torch = pytest.importorskip('torch')
 from edgenb.core import EdgenbError
 from edgenb.runtime import Network, size_mb
 from edgenb.runtimes import coreml, optimum, tensorrt
-from edgenb.runtimes.common import replacing
+from edgenb.runtimes.common import native_output, replacing
 from edgenb.runtimes.coreml import CoreML
-from edgenb.runtimes.executorch import ExecuTorch, facts, hushed
+from edgenb.runtimes.executorch import ExecuTorch, facts
 from edgenb.runtimes.onnx import OnnxRuntime, export_onnx
 from edgenb.runtimes.optimum import Optimum
 from edgenb.runtimes.tensorrt import TensorRT, check_quantization, onnx_for
@@ -91,7 +91,7 @@ def test_one_example_cannot_set_the_ranges(runtime, variant, tmp_path):
 REPLACED = """
 import os, sys
 from pathlib import Path
-from edgenb.runtimes.common import replacing
+from edgenb.runtimes.common import native_output, replacing
 real, names = os.replace, []
 def replace(a, b):
     names.append(a)
@@ -239,11 +239,21 @@ def test_executorch_refuses_a_damaged_artifact_by_name(damage, program, tmp_path
         (path/'io.json').write_text(json.dumps(json.loads((path/'io.json').read_text()) | {'sha256': hashlib.sha256(data).hexdigest()}))
     assert 'damaged.executorch' in refusal(lambda: ExecuTorch.load(path))
 
-def test_what_engines_print_stays_off_the_terminal_but_can_be_read(capfd):
-    with hushed() as heard:
+def test_what_engines_print_stays_off_the_terminal_but_can_be_read(capfd, recwarn):
+    def logger(name):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [logging.StreamHandler()], False     # it holds the stream that is there now
+        return log
+    ours = logger('ours')
+    with native_output() as heard:
+        theirs = logger('theirs')
         os.write(1, b'from C'); os.write(2, b'++')
+        print('progress'); warnings.warn('advice'); ours.warning('more advice')
         said = heard()
-    assert said == 'from C++' and capfd.readouterr() == ('', '')
+    assert said == 'from C++' and capfd.readouterr() == ('', '') and not len(recwarn)
+    ours.warning('what we say'); theirs.error('what nobody asked for')
+    assert capfd.readouterr() == ('', 'what we say\n')
+    for log in (ours, theirs): log.handlers = []
 
 
 # Core ML
@@ -257,7 +267,7 @@ def packages(tmp_path_factory):
 
 def weights_in(path, folder):
     "Weight tensors of a package as floating-point numbers, decompressed."
-    with hushed():
+    with native_output():
         import coremltools as ct
         model = ct.models.MLModel(str(path), skip_model_load=True)
         whole = ct.optimize.coreml.decompress_weights(model)
@@ -287,7 +297,7 @@ def test_coreml_keeps_free_dimensions_and_integer_inputs(tmp_path):
     network, texts = words()
     path = CoreML.build(network, 'fp16', [], tmp_path/'text.mlpackage')
     import coremltools as ct
-    with hushed(): spec = ct.utils.load_spec(str(path))
+    with native_output(): spec = ct.utils.load_spec(str(path))
     ids = spec.description.input[0]
     assert ids.name == 'input_ids' and ids.type.multiArrayType.dataType == ct.proto.FeatureTypes_pb2.ArrayFeatureType.INT32
     sizes = ids.type.multiArrayType.shapeRange.sizeRanges

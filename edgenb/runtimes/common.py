@@ -6,7 +6,7 @@
 __all__ = ['LEAST_EXAMPLES', 'checked', 'replacing', 'plain_progress', 'native_output', 'reason', 'modules_with']
 
 # %% ../../nbs/runtimes/common.ipynb #e88e3b4d
-import contextlib, importlib.util, os, re, shutil, sys, tempfile
+import contextlib, functools, importlib.util, logging, os, re, shutil, sys, tempfile, warnings
 from pathlib import Path
 import numpy as np
 from ..core import EdgenbError, did_you_mean
@@ -55,17 +55,22 @@ def plain_progress():
     from unittest import mock
     with mock.patch('rich.console._is_jupyter', lambda: False): yield
 
+@functools.cache
+def _nothing(): return open(os.devnull, 'w', encoding='utf-8')   # never closed: a logger that a library makes on import keeps its stream
+
 @contextlib.contextmanager
 def native_output():
-    "Keep what the block prints (Python's and native code's, both streams) from the terminal; yields a function that gives the text so far."
+    "Keep what the block prints (Python's and native code's, both streams), warns of and logs from the terminal; yields a function that gives what native code said so far."
     sys.stdout.flush(); sys.stderr.flush()
-    with tempfile.TemporaryFile() as caught, open(os.devnull, 'w', encoding='utf-8') as nothing:
-        saved = [os.dup(n) for n in (1, 2)]
+    with tempfile.TemporaryFile() as caught:
+        saved, level = [os.dup(n) for n in (1, 2)], logging.root.manager.disable
         try:
+            logging.disable(logging.WARNING)   # handlers hold the stream they were made with
             for n in (1, 2): os.dup2(caught.fileno(), n)
-            with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing), plain_progress():
+            with contextlib.redirect_stdout(_nothing()), contextlib.redirect_stderr(_nothing()), plain_progress(), warnings.catch_warnings(action='ignore'):
                 yield lambda: os.pread(caught.fileno(), 1 << 20, 0).decode(errors='replace')
         finally:
+            logging.disable(level)
             for n, s in zip((1, 2), saved): os.dup2(s, n); os.close(s)
 
 # %% ../../nbs/runtimes/common.ipynb #d54164cf
@@ -79,7 +84,7 @@ def reason(error: BaseException) -> str:
 def modules_with(network, op: str   # of torch, such as 'digamma'
                 ) -> list:          # 'block.act (Digamma)'
     "The modules of a network that use a torch operation, as export sees them."
-    import torch, warnings
+    import torch
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         program = torch.export.export(network.net.eval(), tuple(torch.from_numpy(v) for v in network.inputs.values())).run_decompositions()
