@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from ..core import EdgenbError, file_errors
 from ..runtime import Network, Runtime, Variant, one_at_a_time
-from .common import checked, native_output, replacing
-from .executorch import LONGEST, exported, origin
+from .common import LONGEST, checked, native_output, replacing
+from .executorch import exported, origin
 
 # %% ../../nbs/runtimes/coreml.ipynb #ec8f81ef
 SMALL = 512   # weights with fewer values are not worth compressing
