@@ -55,6 +55,9 @@ class Actor(Runtime):
 
 class Single(Actor):
     name, any_batch = 'single', False
+
+class Card(Actor):
+    name, computes_on = 'card', 'GPU'
 '''
 
 
@@ -66,7 +69,7 @@ def package(tmp_path_factory):
     about = folder/'actors-1.0.dist-info'
     about.mkdir()
     (about/'METADATA').write_text('Metadata-Version: 2.1\nName: actors\nVersion: 1.0\n')
-    (about/'entry_points.txt').write_text('[edgenb.runtimes]\nactor = actors:Actor\nsingle = actors:Single\n')
+    (about/'entry_points.txt').write_text('[edgenb.runtimes]\nactor = actors:Actor\nsingle = actors:Single\ncard = actors:Card\n')
     return folder
 
 
@@ -326,6 +329,25 @@ def test_energy_without_a_counter_is_an_estimate_that_says_so_or_unknown(actor, 
     assert estimate['energy_how'].startswith('estimate: ') and estimate['energy_how'].endswith('no counter here') and estimate['idle_w'] is None
     unknown, = measure_all([actor('a')], runs=2, batches=())
     assert unknown['energy_mj'] is None and unknown['energy_how'] == 'unknown: no counter here, and the power of the device is not stated'
+
+
+@pytest.mark.parametrize('how, sees_the_card', [('measured: RAPL package', False), ('measured: INA3221 at the supply', True), ('measured: tegrastats', True), (None, False)])
+def test_what_computes_on_a_gpu_gets_its_energy_only_from_a_counter_of_the_whole_board(how, sees_the_card, actor, monkeypatch):
+    clock = itertools.count()
+    @contextlib.contextmanager
+    def counter(): yield (lambda: float(next(clock)), how) if how else (None, 'no counter here')
+    monkeypatch.setattr(edgenb.measure, 'energy_counter', counter)
+    on_card, on_processor, gone = measure_all([actor('on card', 'card', takes=0.01), actor('on processor', takes=0.01), actor('gone', 'card', then='crash')], runs=2, batches=(), power_w=(7, 15))
+    if sees_the_card: assert on_card['energy_mj'] == pytest.approx(10, rel=0.02) and (on_card['energy_how'], on_card['idle_w']) == (how, 1)
+    else:
+        assert on_card['energy_mj'] is None and on_card['idle_w'] is None and not on_card['error']
+        assert on_card['energy_how'] == f"unknown: {'the counter (RAPL) covers only the processor' if how else 'no counter here'}, and the work is done on the GPU"
+    assert on_processor['energy_mj'] > 0 and on_processor['energy_how'].startswith(how or 'estimate: ') and gone['error']
+
+
+def test_the_runtime_of_nvidias_gpus_says_that_it_computes_there():
+    from edgenb.runtime import runtimes
+    assert (runtimes()['tensorrt'].computes_on, runtimes()['onnxruntime'].computes_on) == ('GPU', 'processor')
 
 
 # A bundle, here and over SSH

@@ -147,7 +147,7 @@ def _infer(context, stream, x, outputs, path):
 class TensorRT(Runtime):
     "TensorRT 10 or 11. An engine runs on the kind of GPU, and with the version, that compiled it; `num_threads` has no effect."
     name, what, extra, suffix = 'tensorrt', 'TensorRT, NVIDIA GPUs and Jetson', 'tensorrt', '.engine'
-    packages, builders, tiers = ('tensorrt', 'torch'), ('onnx', 'onnxruntime', 'onnxscript'), ('accelerator', 'server')
+    packages, builders, tiers, computes_on = ('tensorrt', 'torch'), ('onnx', 'onnxruntime', 'onnxscript'), ('accelerator', 'server'), 'GPU'
     variants = {'fp16': Variant('fp16', '16-bit floating point'),
                 'fp32': Variant('fp32', '32-bit floating point, without TF32'),
                 'int8': Variant('int8', 'signed symmetric 8-bit weights per channel and inputs of weighted layers, min-max ranges; the rest in FP32', calibrated=True)}
