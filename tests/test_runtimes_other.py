@@ -250,7 +250,7 @@ def test_what_engines_print_stays_off_the_terminal_but_can_be_read(capfd, recwar
         os.write(1, b'from C'); os.write(2, b'++')
         print('progress'); warnings.warn('advice'); ours.warning('more advice')
         said = heard()
-    assert said == 'from C++' and capfd.readouterr() == ('', '') and not len(recwarn)
+    assert said == 'from C++' and capfd.readouterr() == ('', '') and 'advice' not in [str(w.message) for w in recwarn]
     ours.warning('what we say'); theirs.error('what nobody asked for')
     assert capfd.readouterr() == ('', 'what we say\n')
     for log in (ours, theirs): log.handlers = []
