@@ -242,7 +242,7 @@ def test_executorch_refuses_a_damaged_artifact_by_name(damage, program, tmp_path
 def test_what_engines_print_stays_off_the_terminal_but_can_be_read(capfd, recwarn):
     def logger(name):
         log = logging.getLogger(name)
-        log.handlers, log.propagate = [logging.StreamHandler()], False     # it holds the stream that is there now
+        log.handlers, log.propagate, log.level = [logging.StreamHandler()], False, logging.WARNING     # it holds the stream that is there now
         return log
     ours = logger('ours')
     with native_output() as heard:
