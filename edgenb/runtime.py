@@ -49,6 +49,7 @@ class Runtime:
     suffix = ''          # of its artifacts; an artifact is a file or a folder
     variants: dict = {}  # name -> Variant, cheapest and safest first
     any_batch = True     # False: its artifacts hold exactly one example a call
+    computes_on = 'processor'   # where its work is done; elsewhere the processor's time and energy say nothing of it
 
     def __init_subclass__(cls):
         if cls.name: RUNTIMES[cls.name] = cls

@@ -10,6 +10,7 @@ import copy
 import numpy as np
 from .core import EdgenbError, did_you_mean, room, within, write_json
 from .data import examples_of
+from .runtimes.common import LEAST_EXAMPLES
 from .tune import tuned
 
 # %% ../nbs/03_squeeze.ipynb #d5ab86b0
@@ -39,12 +40,12 @@ def squeeze(run,
     for p in precisions:
         if p not in PRECISIONS: raise EdgenbError(f'squeeze: there is no precision {p}.{did_you_mean(p, PRECISIONS)}')
     if not precisions: raise EdgenbError('squeeze: pass at least one precision')
-    within('squeeze', 8, None, calibration_images=calibration_images)
+    within('squeeze', LEAST_EXAMPLES, None, calibration_images=calibration_images)
     reference, pipeline = tuned(run)
     folded, held = fold(reference), examples_of(run, 'validation')
     rows = np.random.default_rng(seed).permutation(len(held))[:calibration_images]
     chosen = [held[i] for i in rows]
-    if 'int8' in precisions and len(chosen) < 8: raise EdgenbError(f'squeeze: {len(chosen)} validation images cannot set the ranges of int8, 8 are needed: enlarge validation in the data room')
+    if 'int8' in precisions and len(chosen) < LEAST_EXAMPLES: raise EdgenbError(f'squeeze: {len(chosen)} validation images cannot set the ranges of int8, {LEAST_EXAMPLES} are needed: enlarge validation in the data room')
     x = torch.from_numpy(np.stack([pipeline.before(e.read()) for e in chosen[:32]]))
     with torch.inference_mode(): difference = (reference(x)[0] - folded(x)[0]).abs().max().item()
     if difference > 1e-2: raise EdgenbError(f'squeeze: folding batch-norm changed a logit by {difference:.3g}: this network cannot be folded this way')

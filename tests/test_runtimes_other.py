@@ -2,7 +2,7 @@
 
 Core ML packages cannot run here, nor TensorRT engines: packages are opened and their weights compared; TensorRT's Python interface is played by
 `fake_tensorrt`, which follows its documentation, insists on its order of calls and computes with ONNX Runtime. It proves the calls, not the engine."""
-import contextlib, ctypes, enum, importlib.machinery, importlib.metadata, json, os, platform, subprocess, sys, types
+import contextlib, ctypes, enum, importlib.machinery, importlib.metadata, json, logging, os, platform, subprocess, sys, types, warnings
 from collections import OrderedDict
 from pathlib import Path
 import numpy as np
@@ -11,8 +11,9 @@ torch = pytest.importorskip('torch')
 from edgenb.core import EdgenbError
 from edgenb.runtime import Network, size_mb
 from edgenb.runtimes import coreml, optimum, tensorrt
+from edgenb.runtimes.common import native_output, replacing
 from edgenb.runtimes.coreml import CoreML
-from edgenb.runtimes.executorch import ExecuTorch, facts, hushed
+from edgenb.runtimes.executorch import ExecuTorch, facts
 from edgenb.runtimes.onnx import OnnxRuntime, export_onnx
 from edgenb.runtimes.optimum import Optimum
 from edgenb.runtimes.tensorrt import TensorRT, check_quantization, onnx_for
@@ -83,6 +84,59 @@ def test_one_example_cannot_set_the_ranges(runtime, variant, tmp_path):
     if runtime is ExecuTorch and ExecuTorch.missing(build=True): pytest.skip(ExecuTorch.missing(build=True))
     assert 'needs at least 8 calibration examples, got 1' in refusal(lambda: build(network, variant, images[:1], tmp_path/'x'))
     assert not list(tmp_path.iterdir())
+
+
+# Files that are whole
+
+REPLACED = """
+import os, sys
+from pathlib import Path
+from edgenb.runtimes.common import native_output, replacing
+real, names = os.replace, []
+def replace(a, b):
+    names.append(a)
+    if len(names) == int(sys.argv[2]): HARM
+    real(a, b)
+os.replace = replace
+with replacing(Path(sys.argv[1])) as whole:
+    whole.mkdir()
+    (whole/'weights').write_text('new')
+"""
+
+@pytest.fixture
+def older(tmp_path):
+    (tmp_path/'a.executorch').mkdir()
+    (tmp_path/'a.executorch'/'weights').write_text('old')
+    return tmp_path/'a.executorch'
+
+def test_a_folder_takes_the_place_of_another_and_leaves_nothing_beside_it(older):
+    with replacing(older) as whole:
+        whole.mkdir()
+        (whole/'weights').write_text('new')
+        (whole.parent/'scratch').write_text('of the tool')
+    assert (older/'weights').read_text() == 'new' and [p.name for p in older.parent.iterdir()] == ['a.executorch']
+    with replacing(older) as whole: whole.write_text('a file')
+    assert older.read_text() == 'a file' and [p.name for p in older.parent.iterdir()] == ['a.executorch']
+
+@pytest.mark.parametrize('rename', [1, 2])
+def test_a_rename_that_fails_leaves_the_older_folder_in_its_place(rename, older):
+    done = subprocess.run([sys.executable, '-c', REPLACED.replace('HARM', "raise OSError('no space left')"), str(older), str(rename)], capture_output=True, text=True)
+    assert 'no space left' in done.stderr and (older/'weights').read_text() == 'old' and [p.name for p in older.parent.iterdir()] == ['a.executorch']
+
+@pytest.mark.parametrize('rename', [1, 2])
+def test_power_loss_between_the_renames_loses_neither_folder(rename, older):
+    done = subprocess.run([sys.executable, '-c', REPLACED.replace('HARM', 'os._exit(9)'), str(older), str(rename)])
+    assert done.returncode == 9 and sorted(p.read_text() for p in older.parent.rglob('weights')) == ['new', 'old']
+
+def test_what_cannot_be_put_back_is_not_deleted_either(older, monkeypatch):
+    real, calls = os.replace, []
+    def replace(a, b):
+        calls.append(a)
+        if len(calls) > 1: raise OSError('the disk is gone')
+        real(a, b)
+    monkeypatch.setattr(os, 'replace', replace)
+    with pytest.raises(OSError), replacing(older) as whole: whole.mkdir()
+    assert [p.read_text() for p in older.parent.rglob('weights')] == ['old']
 
 
 # ExecuTorch
@@ -185,11 +239,21 @@ def test_executorch_refuses_a_damaged_artifact_by_name(damage, program, tmp_path
         (path/'io.json').write_text(json.dumps(json.loads((path/'io.json').read_text()) | {'sha256': hashlib.sha256(data).hexdigest()}))
     assert 'damaged.executorch' in refusal(lambda: ExecuTorch.load(path))
 
-def test_what_engines_print_stays_off_the_terminal_but_can_be_read(capfd):
-    with hushed() as heard:
+def test_what_engines_print_stays_off_the_terminal_but_can_be_read(capfd, recwarn):
+    def logger(name):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate, log.level = [logging.StreamHandler()], False, logging.WARNING     # it holds the stream that is there now
+        return log
+    ours = logger('ours')
+    with native_output() as heard:
+        theirs = logger('theirs')
         os.write(1, b'from C'); os.write(2, b'++')
+        print('progress'); warnings.warn('advice'); ours.warning('more advice')
         said = heard()
-    assert said == 'from C++' and capfd.readouterr() == ('', '')
+    assert said == 'from C++' and capfd.readouterr() == ('', '') and 'advice' not in [str(w.message) for w in recwarn]
+    ours.warning('what we say'); theirs.error('what nobody asked for')
+    assert capfd.readouterr() == ('', 'what we say\n')
+    for log in (ours, theirs): log.handlers = []
 
 
 # Core ML
@@ -203,7 +267,7 @@ def packages(tmp_path_factory):
 
 def weights_in(path, folder):
     "Weight tensors of a package as floating-point numbers, decompressed."
-    with hushed():
+    with native_output():
         import coremltools as ct
         model = ct.models.MLModel(str(path), skip_model_load=True)
         whole = ct.optimize.coreml.decompress_weights(model)
@@ -233,7 +297,7 @@ def test_coreml_keeps_free_dimensions_and_integer_inputs(tmp_path):
     network, texts = words()
     path = CoreML.build(network, 'fp16', [], tmp_path/'text.mlpackage')
     import coremltools as ct
-    with hushed(): spec = ct.utils.load_spec(str(path))
+    with native_output(): spec = ct.utils.load_spec(str(path))
     ids = spec.description.input[0]
     assert ids.name == 'input_ids' and ids.type.multiArrayType.dataType == ct.proto.FeatureTypes_pb2.ArrayFeatureType.INT32
     sizes = ids.type.multiArrayType.shapeRange.sizeRanges

@@ -6,13 +6,13 @@
 __all__ = ['SMALL', 'converted', 'compressed', 'io_of', 'expected_bytes', 'check', 'CoreML']
 
 # %% ../../nbs/runtimes/coreml.ipynb #23e4dd83
-import os, platform, shutil, tempfile
+import os, platform
 from pathlib import Path
 import numpy as np
 from ..core import EdgenbError, file_errors
 from ..runtime import Network, Runtime, Variant, one_at_a_time
-from .common import checked
-from .executorch import LONGEST, exported, hushed, origin
+from .common import LONGEST, checked, native_output, replacing
+from .executorch import exported, origin
 
 # %% ../../nbs/runtimes/coreml.ipynb #ec8f81ef
 SMALL = 512   # weights with fewer values are not worth compressing
@@ -41,7 +41,7 @@ def compressed(model, bits: int):
 # %% ../../nbs/runtimes/coreml.ipynb #5509728b
 def io_of(path: Path) -> dict:   # 'inputs' and 'outputs': {name: shape}; 'weights': bytes
     "What a package says about itself."
-    with hushed():
+    with native_output():
         import coremltools as ct
         try: spec = ct.utils.load_spec(str(path))
         except Exception as e: raise EdgenbError(f'{path} is not a Core ML package ({" ".join(str(e).split())[:160] or type(e).__name__}): build it again') from None
@@ -86,14 +86,13 @@ class CoreML(Runtime):
         bits, path = checked(cls, network, variant, calibration).options['bits'], Path(path)
         if bits < 16 and not any(p.numel() >= SMALL for p in network.net.parameters()):
             raise EdgenbError(f'coreml {variant}: no weight of the network has {SMALL} values or more, nothing would become smaller: build fp16')
-        with file_errors(path), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            made = Path(scratch)/'made.mlpackage'
-            with hushed():
+        with file_errors(path), replacing(path) as whole:
+            made = whole.with_suffix('.mlpackage')   # the only one that coremltools writes
+            with native_output():
                 model = converted(network, half=bits < 32)
                 (compressed(model, bits) if bits < 16 else model).save(str(made))
             check(network, made, bits)
-            if path.is_dir(): shutil.rmtree(path)
-            os.replace(made, path)
+            os.replace(made, whole)
         return path
 
     @classmethod
@@ -102,7 +101,7 @@ class CoreML(Runtime):
         if not Path(path).is_dir(): raise EdgenbError(f'{path} is not a Core ML package: build it again')
         if why := cls.missing(): raise EdgenbError(f'{path}: {why}. Copy it to a Mac and load it there')
         io = io_of(path)
-        with hushed():
+        with native_output():
             import coremltools as ct
             try: model = ct.models.MLModel(str(path))
             except Exception as e: raise EdgenbError(f'{path} cannot be loaded by Core ML ({" ".join(str(e).split())[:160]}): build it again') from None

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from ..core import EdgenbError, file_errors
 from ..runtime import Network, Runtime, Variant
-from .executorch import hushed
+from .common import native_output, replacing
 from .onnx import OnnxRuntime
 
 # %% ../../nbs/runtimes/optimum.ipynb #dee0962d
@@ -73,17 +73,17 @@ class Optimum(Runtime):
         from optimum.onnxruntime import ORTQuantizer
         from optimum.onnxruntime.configuration import AutoQuantizationConfig
         preset = AutoQuantizationConfig.arm64 if platform.machine() in ('arm64', 'aarch64') else AutoQuantizationConfig.avx512_vnni
-        with file_errors(path), tempfile.TemporaryDirectory(dir=Path(path).parent) as scratch:
-            with hushed():
+        with file_errors(path), replacing(path) as whole, tempfile.TemporaryDirectory(dir=whole.parent) as scratch:
+            with native_output():
                 try: onnx_export_from_model(model, scratch, opset=18, task='feature-extraction' if type(model).__name__.endswith('Model') else None, do_validation=False)
                 except Exception as e: raise EdgenbError(f'optimum cannot export {type(model).__name__} ({" ".join(str(e).split())[:240]}): build for onnxruntime') from e
                 file = Path(scratch)/'model.onnx'
                 onnx.save(named(onnx.load(str(file)), network), str(file))
             same(network, file)
             if variant != 'fp32':
-                with hushed(): ORTQuantizer(file, config=model.config).quantize(preset(is_static=False, per_channel=True), save_dir=scratch, file_suffix='8bit')
+                with native_output(): ORTQuantizer(file, config=model.config).quantize(preset(is_static=False, per_channel=True), save_dir=scratch, file_suffix='8bit')
                 file = Path(scratch)/'model_8bit.onnx'
-            os.replace(file, path)
+            os.replace(file, whole)
         return Path(path)
 
     @classmethod
