@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from ..core import EdgenbError, write_atomic
 from ..runtime import Network, Runtime, Variant, one_at_a_time
-from .common import checked, replacing
+from .common import LONGEST, checked, replacing
 
 # %% ../../nbs/runtimes/onnx.ipynb #c9943691
 OPSET = 18
@@ -34,7 +34,7 @@ def export_onnx(network: Network, path: Path) -> Path:
     "Write a network as an FP32 ONNX file with its inputs and outputs by name; the batch and `network.dynamic` are free."
     import torch
     batch = torch.export.Dim('batch', min=1, max=4096)
-    shapes = tuple({0: batch} | {axis: torch.export.Dim(n, min=2, max=512) for axis, n in network.dynamic.get(name, {}).items()} for name in network.inputs)
+    shapes = tuple({0: batch} | {axis: torch.export.Dim(n, min=2, max=LONGEST) for axis, n in network.dynamic.get(name, {}).items()} for name in network.inputs)
     shapes = _shared(shapes, network)
     example = tuple(torch.from_numpy(np.concatenate([x, x])) for x in network.inputs.values())
     with quiet():
