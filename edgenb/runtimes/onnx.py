@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPSET', 'QUANTIZED', 'STRENGTHS', 'quiet', 'export_onnx', 'ready', 'tensor_ranges', 'quantize_static',
-           'quantize_dynamic', 'quantize_weights', 'half', 'smooth', 'smoothing', 'quantizable', 'opset_of',
+           'quantize_dynamic', 'quantize_weights', 'half', 'smoothing', 'smooth', 'quantizable', 'opset_of',
            'signed_is_slow', 'OnnxRuntime']
 
 # %% ../../nbs/runtimes/onnx.ipynb #94f98d2d
@@ -140,8 +140,37 @@ def half(fp32: Path, path: Path) -> Path:
     with quiet(): _save(convert_float_to_float16(onnx.load(str(fp32)), keep_io_types=True, disable_shape_infer=False), path)
     return path
 
+def _save(model, path):
+    import onnx
+    with replacing(path) as whole: onnx.save(model, str(whole))
+
+# %% ../../nbs/runtimes/onnx.ipynb #f1c5b4dd
 STRENGTHS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)   # of smoothing: share of the activations' spread that moves into the weights
 
+def smoothing(x: list,         # activations of examples, each (rows, inputs)
+              w: np.ndarray    # weights (inputs, outputs) of all that reads them
+             ) -> np.ndarray | None:   # factors (inputs,) that divide the activations and multiply the weights; None where none is best
+    "The factors, of strengths in `STRENGTHS`, with which the 8-bit product is nearest to the exact one."
+    reach, wide = np.maximum(np.max([np.abs(v).max(0) for v in x], 0), 1e-5), np.maximum(np.abs(w).max(1), 1e-5)
+    some = x[::max(1, len(x)//20)]
+    exact, best = [v @ w for v in some], (np.inf, None)
+    for strength in (None, *STRENGTHS):
+        by = np.ones(len(w)) if strength is None else reach**strength/wide**(1 - strength)
+        by = np.clip(by/np.exp(np.log(by).mean()), 1e-3, 1e3).astype(np.float32)
+        moved = w*by[:, None]
+        step = np.maximum(np.abs(moved).max(0), 1e-9)/127
+        rounded = np.round(moved/step)*step
+        error = sum(float(np.square(_in_8_bits(v/by) @ rounded - e).sum()) for v, e in zip(some, exact))
+        if error < best[0]: best = (error, None if strength is None else by)
+    return best[1]
+
+def _in_8_bits(v):
+    "As an 8-bit tensor with one scale and zero point holds it."
+    low, step = min(float(v.min()), 0.0), max(float(v.max()), 0.0) - min(float(v.min()), 0.0)
+    step = step/255 or 1.0
+    return (np.round((v - low)/step)*step + low).astype(np.float32)
+
+# %% ../../nbs/runtimes/onnx.ipynb #8b5d8a87
 def smooth(prepared: Path, calibration: list, path: Path) -> Path:
     "Move outliers of activations into the weights of the matrix multiplications they enter, channel by channel, as far as each multiplication gains by it; the function stays the same (after SmoothQuant, Xiao et al. 2022)."
     import onnx
@@ -170,29 +199,6 @@ def smooth(prepared: Path, calibration: list, path: Path) -> Path:
     _save(model, path)
     return path
 
-def smoothing(x: list,         # activations of examples, each (rows, inputs)
-              w: np.ndarray    # weights (inputs, outputs) of all that reads them
-             ) -> np.ndarray | None:   # factors (inputs,) that divide the activations and multiply the weights; None where none is best
-    "The factors, of strengths in `STRENGTHS`, with which the 8-bit product is nearest to the exact one."
-    reach, wide = np.maximum(np.max([np.abs(v).max(0) for v in x], 0), 1e-5), np.maximum(np.abs(w).max(1), 1e-5)
-    some = x[::max(1, len(x)//20)]
-    exact, best = [v @ w for v in some], (np.inf, None)
-    for strength in (None, *STRENGTHS):
-        by = np.ones(len(w)) if strength is None else reach**strength/wide**(1 - strength)
-        by = np.clip(by/np.exp(np.log(by).mean()), 1e-3, 1e3).astype(np.float32)
-        moved = w*by[:, None]
-        step = np.maximum(np.abs(moved).max(0), 1e-9)/127
-        rounded = np.round(moved/step)*step
-        error = sum(float(np.square(_in_8_bits(v/by) @ rounded - e).sum()) for v, e in zip(some, exact))
-        if error < best[0]: best = (error, None if strength is None else by)
-    return best[1]
-
-def _in_8_bits(v):
-    "As an 8-bit tensor with one scale and zero point holds it."
-    low, step = min(float(v.min()), 0.0), max(float(v.max()), 0.0) - min(float(v.min()), 0.0)
-    step = step/255 or 1.0
-    return (np.round((v - low)/step)*step + low).astype(np.float32)
-
 def _activations(model, names, calibration):
     "What flows there for every calibration example, {name: [(rows, channels)]}."
     import onnx
@@ -205,9 +211,7 @@ def _activations(model, names, calibration):
             for a, v in zip(names, session.run(names, example)): found[a].append(v.reshape(-1, v.shape[-1]))
     return found
 
-def _save(model, path):
-    import onnx
-    with replacing(path) as whole: onnx.save(model, str(whole))
+
 
 # %% ../../nbs/runtimes/onnx.ipynb #84098916
 def quantizable(path: Path) -> list:   # of (node name, operation), in the order of execution
