@@ -110,12 +110,13 @@ def _overlap(spans, begin, end): return sum(max(0, min(e, end) - max(b, begin)) 
 def _count(events, failures, observed, excluded, ahead, standing, repair):
     "The counts of one asset (see COUNTS), and its lead times in days. Spans are (begin, end] in seconds."
     begin, end = observed
-    out = _union([(max(b, begin), min(e, end)) for b, e in [*excluded, *((f, f + repair) for f in failures)] if e > begin and b < end])
+    blocked = _union([*excluded, *((f, f + repair) for f in failures)])
+    out = [(max(b, begin), min(e, end)) for b, e in blocked if e > begin and b < end]
     near, far = ahead
     counted = [f for f in failures if 2*(max(0, min(f - near, end) - max(f - far, begin)) - _overlap(out, max(f - far, begin), min(f - near, end))) >= far - near and _overlap(out, f - 1, f) == 0]
     starts = []
     for e in events:
-        at = next((b2 for b, b2 in out if b < max(e.begin, begin) <= b2), max(e.begin, begin))   # begins where the time that does not count ends
+        at = next((b2 for b, b2 in blocked if b < max(e.begin, begin) <= b2), max(e.begin, begin))   # begins where the time that does not count ends
         if at <= end and (at == e.begin or at < e.end): starts.append((at, e.end))
     leads, used = [], set()
     for f in counted:
