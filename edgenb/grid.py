@@ -7,16 +7,16 @@ __all__ = ['SHAPES', 'REPAIR_DAYS', 'SITE_ASSETS', 'Channel', 'Level', 'Oil', 'C
            'Table', 'gas_channel', 'read_table', 'failure_modes', 'weather', 'load_profile', 'loading_model',
            'Precursor', 'WorkOrder', 'shape', 'History', 'Fleet', 'simulate', 'save_fleet']
 
-# %% ../nbs/28_grid.ipynb #94269889
+# %% ../nbs/28_grid.ipynb #5dbe856b
 import functools, math, os, tomllib, zlib
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 import numpy as np
 from .core import EdgenbError, did_you_mean, file_errors, within, write_atomic, write_json
 from .gas import FAULTS, GASES
 
-# %% ../nbs/28_grid.ipynb #5cedb423
+# %% ../nbs/28_grid.ipynb #89f8d275
 @dataclass(frozen=True)
 class Channel:
     "One of the fleet's channels."
@@ -58,6 +58,7 @@ class Contact:
     exponent: float
     spread: float = 0.0
 
+# %% ../nbs/28_grid.ipynb #1d30a82a
 @dataclass(frozen=True)
 class Equipment:
     "A type of equipment."
@@ -113,7 +114,7 @@ class Table:
 SHAPES = ('ramp', 'exponential', 'steps', 'bursts', 'variance')
 REPAIR_DAYS = {'minor': 2, 'major': 6, 'critical': 15}   # severity -> days out of service, median
 
-# %% ../nbs/28_grid.ipynb #c5be1e87
+# %% ../nbs/28_grid.ipynb #589d34eb
 def _row(kind, where, row):
     "An instance of the dataclass `kind` from a row of the table."
     if not isinstance(row, dict): raise EdgenbError(f'{where} must be a table, not {row!r}')
@@ -123,7 +124,6 @@ def _row(kind, where, row):
         number, pair = 'float' in str(known[key].type), key in ('lead_days', 'latitude') or (key == 'load_pct' and kind is Utility)
         if number and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)): raise EdgenbError(f'{where}: {key} = {value!r} must be a number')
         if pair and not (isinstance(value, list) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)): raise EdgenbError(f'{where}: {key} = {value!r} must be two numbers')
-    from dataclasses import MISSING
     if gone := [k for k, f in known.items() if f.default is MISSING and f.default_factory is MISSING and k not in row]: raise EdgenbError(f"{where}: {', '.join(gone)} is missing")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
 
@@ -154,7 +154,7 @@ def _mode(name, row, equipment, channels, gases):
     if found.gas:
         _one_of(where, 'gas', found.gas, gases)
         if gone := [gas_channel(g) for g in GASES if gas_channel(g) not in equipment[found.equipment].channels]: raise EdgenbError(f'{where}: it makes gas, and a {found.equipment} does not measure {", ".join(gone)}')
-        moves += [Move(gas_channel(g), found.gas_shape, size=found.gas_ppm*share, spread=0.3) for g, share in gases[found.gas].items()]
+        moves += [Move(gas_channel(g), found.gas_shape, size=found.gas_ppm*share, spread=0.1) for g, share in gases[found.gas].items()]
     return Mode(**{f.name: getattr(found, f.name) for f in fields(Mode)} | {'moves': tuple(moves)})
 
 def gas_channel(gas: str   # of `edgenb.gas.GASES`
@@ -162,7 +162,7 @@ def gas_channel(gas: str   # of `edgenb.gas.GASES`
     "The channel that measures a gas."
     return f'{gas.lower()}_ppm'
 
-# %% ../nbs/28_grid.ipynb #6677ede4
+# %% ../nbs/28_grid.ipynb #e40594e2
 def read_table(text: str) -> Table:
     "The table from TOML; refuses what it does not know, by name."
     try: raw = tomllib.loads(text)
@@ -187,7 +187,7 @@ def failure_modes() -> Table:
     "The table that comes with edgenb."
     return read_table(files('edgenb').joinpath('failure_modes.toml').read_text(encoding='utf-8'))
 
-# %% ../nbs/28_grid.ipynb #7444928e
+# %% ../nbs/28_grid.ipynb #6c481edc
 def _wander(rng, hours, tau_days, columns=1):
     "Ornstein-Uhlenbeck paths of unit variance, (n, columns), made a day at a time and joined by lines."
     steps = rng.standard_normal((int(hours[-1]//24) + 2, columns))
@@ -223,7 +223,7 @@ def load_profile(rng: np.random.Generator, hours: np.ndarray, ambient_c: np.ndar
     for start in _occasions(rng, 1.2, hours[-1]/24): load += np.where((day > start) & (day < start + rng.uniform(3, 40)), rng.uniform(-15, 25), 0)
     return np.clip(load, 2, 140)
 
-# %% ../nbs/28_grid.ipynb #bee5ab38
+# %% ../nbs/28_grid.ipynb #7b5730fa
 def loading_model(load_pct: np.ndarray,    # (n, ...) percent of rating
                   ambient_c: np.ndarray,   # the same shape
                   step_minutes: float,     # between rows
@@ -240,7 +240,7 @@ def loading_model(load_pct: np.ndarray,    # (n, ...) percent of rating
         top[i] = state[0]; hot[i] = state[0] + state[1] - state[2]
     return top, hot
 
-# %% ../nbs/28_grid.ipynb #43e8ef96
+# %% ../nbs/28_grid.ipynb #a9fb5676
 @dataclass(frozen=True)
 class Precursor:
     "What really went on before a failure: for pictures and tests, never for a detector."
@@ -286,7 +286,7 @@ def _failures(rng, modes, scale, days):
         back = at + away
     return found
 
-# %% ../nbs/28_grid.ipynb #acb27d77
+# %% ../nbs/28_grid.ipynb #174308c7
 def _truth(rng, table, kind, drivers, events, resets):
     "What an asset's channels are, (n, channels of its type), and the size of one sigma in each."
     levels, day = table.equipment[kind].channels, drivers['hours']/24
@@ -303,9 +303,10 @@ def _truth(rng, table, kind, drivers, events, resets):
         here = (day >= start) & (day < at)
         if silent or not here.any(): continue
         u = (day[here] - start)/(at - start) if math.isfinite(start) else np.ones(here.sum())
+        event = rng.lognormal(0, 0.25)                    # how bad this one is, in all channels together
         for move in table.modes[name].moves:
             i = list(levels).index(move.channel)
-            size = (move.size if move.size is not None else move.sigma*sigma[i])*rng.lognormal(0, move.spread)
+            size = (move.size if move.size is not None else move.sigma*sigma[i])*event*rng.lognormal(0, move.spread)
             truth[here, i] += size*shape(rng, move.shape, u)*((drivers['load'][here]/100)**2 if move.follows else 1)
     if 'h2_ppm' in levels:
         oil = [i for i, c in enumerate(levels) if c in (*map(gas_channel, GASES), 'co_ppm', 'moisture_ppm')]
@@ -331,7 +332,7 @@ def _sensed(rng, truth, sigma, noise, relative, low, gain, factor, replaced, day
     for start in _occasions(rng, 3, day[-1]): read[(day >= start) & (day < start + rng.exponential(1.5))] = np.nan
     return read
 
-# %% ../nbs/28_grid.ipynb #0183ed92
+# %% ../nbs/28_grid.ipynb #784299ea
 @dataclass(frozen=True)
 class History:
     "Readings of one asset."
@@ -375,7 +376,7 @@ def _heat(assets, step_minutes):
     for a in assets:
         if isinstance(t := a['thermal'], Contact): a['drivers']['physics']['hot_spot_c'] = a['drivers']['ambient'] + t.contact_rise_k*a['rise']*(a['drivers']['load']/100)**t.exponent
 
-# %% ../nbs/28_grid.ipynb #0420b1bf
+# %% ../nbs/28_grid.ipynb #ab1685a8
 def simulate(assets: int = 400, days: int = 720, step_hours: float = 3, seed: int = 0,
              failures_per_asset_year: float | None = 0.25,   # mean over the fleet; None: the table's own rates
              utility: str = 'base',                          # of the table
@@ -425,7 +426,7 @@ def _record(fleet, a, time, table, operator, utility):
                          *(WorkOrder(name, when(t), 'sensor replaced', '', channels[c]) for t, c in a['replaced'])])
     fleet.precursors.extend(Precursor(name, mode, when(start), when(at), silent) for start, at, _, mode, silent in a['events'] if start <= day[-1])
 
-# %% ../nbs/28_grid.ipynb #97baaa09
+# %% ../nbs/28_grid.ipynb #e9e0d74c
 def save_fleet(fleet: Fleet, folder: str | Path,
                form: str = 'parquet'        # or 'csv'
               ) -> Path:
