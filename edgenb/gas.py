@@ -78,7 +78,7 @@ def duval_figure(gases: np.ndarray,    # (n, 5), ppm
                                    yaxis=dict(title='CH4 in the upper corner', showticklabels=False, showgrid=False, zeroline=False, scaleanchor='x')))
     for name, corners in DUVAL.items():
         edge = _flat([*corners, corners[0]])
-        figure.add_scatter(x=edge[:, 0], y=edge[:, 1], mode='lines', fill='toself', opacity=0.4, line=dict(color='grey'), name=FAULTS[name], showlegend=False)
+        figure.add_scatter(x=edge[:, 0], y=edge[:, 1], mode='lines', fill='toself', opacity=0.4, line=dict(color='grey'), hoverinfo='skip', showlegend=False)
         figure.add_scatter(x=[edge[:-1, 0].mean()], y=[edge[:-1, 1].mean()], mode='text', text=[name], showlegend=False)
     gases = np.atleast_2d(np.asarray(gases, float))
     three = gases[:, [1, 3, 4]]
