@@ -305,7 +305,10 @@ def load_reference(folder: str | Path   # holds model.safetensors and network.js
     from edgenb.vision import EfficientNetLite0, TransformersNetwork
     from safetensors.torch import load_file
     about = json.loads((Path(folder)/'network.json').read_text(encoding='utf-8'))
-    if about['config'] is None: net = EfficientNetLite0(about['classes'])
+    if 'window' in about:
+        from edgenb.sensors import WindowNetwork
+        net = WindowNetwork(**about['window'])
+    elif about['config'] is None: net = EfficientNetLite0(about['classes'])
     else:
         from transformers import AutoConfig, AutoModelForImageClassification
         config = AutoConfig.for_model(**about['config'])
