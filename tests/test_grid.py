@@ -119,6 +119,7 @@ def test_every_failure_mode_shows_in_the_channels_it_names(mode):
     fleet = simulate(assets=4, days=720, step_hours=6, seed=1, failures_per_asset_year=2, table=table)
     by_name = {h.asset: h for h in fleet.histories}
     for move in table.modes[mode].moves:
+        if move.channel.endswith('_ppm') and move.size is not None and move.size < 5: continue      # a trace gas of that fault
         shown, column = [], fleet.channels.index(move.channel)
         for p in fleet.precursors:
             h, full = by_name[p.asset], p.failure - p.start > 15*DAY
@@ -131,9 +132,22 @@ def test_every_failure_mode_shows_in_the_channels_it_names(mode):
         assert len(shown) >= 4 and np.mean(shown) > 0.65, (move, shown)
 
 
-def test_silent_failures_show_nothing_and_so_no_method_can_find_all(fleet):
-    silent = [p.silent for s in range(4) for p in simulate(assets=100, days=720, step_hours=24, seed=s, failures_per_asset_year=1).precursors]
-    assert 0.04 < np.mean(silent) < 0.2
+def test_silent_failures_show_nothing_and_some_in_the_table_are():
+    silent, loud = (simulate(assets=6, days=720, step_hours=6, seed=1, failures_per_asset_year=2, table=only('fan_bearing', silent=share, lead_days=(20, 0.01))) for share in (1.0, 0.0))
+    def growth(fleet):
+        found, column = [], fleet.channels.index('vibration_mm_s')
+        for p in fleet.precursors:
+            h = next(h for h in fleet.histories if h.asset == p.asset)
+            before, end = h.values[(h.time > p.start - 12*DAY) & (h.time <= p.start), column], h.values[(h.time > p.failure - 2*DAY) & (h.time <= p.failure), column]
+            if np.isfinite(before).any() and np.isfinite(end).any(): found.append(np.nanmedian(end)/np.nanmedian(before))
+        return np.median(found)
+    assert 0.85 < growth(silent) < 1.15 and growth(loud) > 1.5
+    drawn = [p.silent for s in range(2) for p in simulate(assets=100, days=720, step_hours=24, seed=s, failures_per_asset_year=1).precursors]
+    assert 0.04 < np.mean(drawn) < 0.2
+
+
+def test_leaks_lower_the_pressure():
+    assert all(m.moves[0].size < 0 for n, m in failure_modes().modes.items() if n.endswith('gas_leak'))
 
 
 def test_what_is_no_failure_is_in_the_data():
