@@ -227,7 +227,7 @@ def test_a_fleet_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     ('equipment = "bushing"', 'equipment = "bushin"', 'Did you mean bushing'),
     ('gas = "T2"', 'gas = "T4"', 'there is no gas T4'),
     ('silent = 0.05', 'silent = 1.5', 'silent'),
-    ('lead_days = [28, 0.5]', 'lead_days = 28', 'must be two numbers'),
+    ('lead_days = [19, 0.4]', 'lead_days = 28', 'must be two numbers'),
     ('share = 0.22', 'share = 0.32', 'add up to 1.1'),
     ('sigma = 16, spread', 'sigma = 16, size = 3, spread', 'one of them'),
     ('noise = 0.6 }', 'noize = 0.6 }', 'Did you mean noise'),
