@@ -7,7 +7,7 @@ __all__ = ['SHAPES', 'REPAIR_DAYS', 'SITE_ASSETS', 'Channel', 'Level', 'Oil', 'C
            'Table', 'gas_channel', 'read_table', 'failure_modes', 'weather', 'load_profile', 'loading_model',
            'Precursor', 'WorkOrder', 'shape', 'History', 'Fleet', 'simulate', 'save_fleet']
 
-# %% ../nbs/28_grid.ipynb #5dbe856b
+# %% ../nbs/28_grid.ipynb #36c62797
 import functools, math, os, tomllib, zlib
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.resources import files
@@ -16,7 +16,7 @@ import numpy as np
 from .core import EdgenbError, did_you_mean, file_errors, within, write_atomic, write_json
 from .gas import FAULTS, GASES
 
-# %% ../nbs/28_grid.ipynb #89f8d275
+# %% ../nbs/28_grid.ipynb #44f2c669
 @dataclass(frozen=True)
 class Channel:
     "One of the fleet's channels."
@@ -58,7 +58,7 @@ class Contact:
     exponent: float
     spread: float = 0.0
 
-# %% ../nbs/28_grid.ipynb #1d30a82a
+# %% ../nbs/28_grid.ipynb #11cac4a5
 @dataclass(frozen=True)
 class Equipment:
     "A type of equipment."
@@ -92,6 +92,7 @@ class Mode:
     gas_ppm: float = 0.0         # made by the fault until the failure
     gas_shape: str = 'exponential'
 
+# %% ../nbs/28_grid.ipynb #b033b07a
 @dataclass(frozen=True)
 class Utility:
     "An operator: climate, load, sensors."
@@ -114,7 +115,7 @@ class Table:
 SHAPES = ('ramp', 'exponential', 'steps', 'bursts', 'variance')
 REPAIR_DAYS = {'minor': 2, 'major': 6, 'critical': 15}   # severity -> days out of service, median
 
-# %% ../nbs/28_grid.ipynb #589d34eb
+# %% ../nbs/28_grid.ipynb #e51bc748
 def _row(kind, where, row):
     "An instance of the dataclass `kind` from a row of the table."
     if not isinstance(row, dict): raise EdgenbError(f'{where} must be a table, not {row!r}')
@@ -130,6 +131,7 @@ def _row(kind, where, row):
 def _one_of(where, key, value, known):
     if value not in known: raise EdgenbError(f'{where}: there is no {key} {value}.{did_you_mean(str(value), known)}')
 
+# %% ../nbs/28_grid.ipynb #02fb9b48
 def _equipment(name, row, channels):
     where = f'equipment {name}'
     found = _row(Equipment, where, row)
@@ -162,7 +164,7 @@ def gas_channel(gas: str   # of `edgenb.gas.GASES`
     "The channel that measures a gas."
     return f'{gas.lower()}_ppm'
 
-# %% ../nbs/28_grid.ipynb #e40594e2
+# %% ../nbs/28_grid.ipynb #3cf09f4d
 def read_table(text: str) -> Table:
     "The table from TOML; refuses what it does not know, by name."
     try: raw = tomllib.loads(text)
@@ -187,7 +189,7 @@ def failure_modes() -> Table:
     "The table that comes with edgenb."
     return read_table(files('edgenb').joinpath('failure_modes.toml').read_text(encoding='utf-8'))
 
-# %% ../nbs/28_grid.ipynb #6c481edc
+# %% ../nbs/28_grid.ipynb #9ee867c9
 def _wander(rng, hours, tau_days, columns=1):
     "Ornstein-Uhlenbeck paths of unit variance, (n, columns), made a day at a time and joined by lines."
     steps = rng.standard_normal((int(hours[-1]//24) + 2, columns))
@@ -223,7 +225,7 @@ def load_profile(rng: np.random.Generator, hours: np.ndarray, ambient_c: np.ndar
     for start in _occasions(rng, 1.2, hours[-1]/24): load += np.where((day > start) & (day < start + rng.uniform(3, 40)), rng.uniform(-15, 25), 0)
     return np.clip(load, 2, 140)
 
-# %% ../nbs/28_grid.ipynb #7b5730fa
+# %% ../nbs/28_grid.ipynb #82aa8266
 def loading_model(load_pct: np.ndarray,    # (n, ...) percent of rating
                   ambient_c: np.ndarray,   # the same shape
                   step_minutes: float,     # between rows
@@ -240,7 +242,7 @@ def loading_model(load_pct: np.ndarray,    # (n, ...) percent of rating
         top[i] = state[0]; hot[i] = state[0] + state[1] - state[2]
     return top, hot
 
-# %% ../nbs/28_grid.ipynb #a9fb5676
+# %% ../nbs/28_grid.ipynb #1d0d0431
 @dataclass(frozen=True)
 class Precursor:
     "What really went on before a failure: for pictures and tests, never for a detector."
@@ -259,6 +261,7 @@ class WorkOrder:
     mode: str                    # of a failure; '' otherwise
     note: str
 
+# %% ../nbs/28_grid.ipynb #8d538f48
 def shape(rng: np.random.Generator, kind: str,   # of SHAPES
           u: np.ndarray                          # time from the first sign (0) to the failure (1), (n,)
          ) -> np.ndarray:                        # (n,), about 1 at the end
@@ -286,7 +289,7 @@ def _failures(rng, modes, scale, days):
         back = at + away
     return found
 
-# %% ../nbs/28_grid.ipynb #174308c7
+# %% ../nbs/28_grid.ipynb #39c01009
 def _truth(rng, table, kind, drivers, events, resets):
     "What an asset's channels are, (n, channels of its type), and the size of one sigma in each."
     levels, day = table.equipment[kind].channels, drivers['hours']/24
@@ -302,7 +305,7 @@ def _truth(rng, table, kind, drivers, events, resets):
     for start, at, _, name, silent in events:
         here = (day >= start) & (day < at)
         if silent or not here.any(): continue
-        u = (day[here] - start)/(at - start) if math.isfinite(start) else np.ones(here.sum())
+        u = (day[here] - start)/(at - start)
         event = rng.lognormal(0, 0.25)                    # how bad this one is, in all channels together
         for move in table.modes[name].moves:
             i = list(levels).index(move.channel)
@@ -313,6 +316,7 @@ def _truth(rng, table, kind, drivers, events, resets):
         for at in resets: truth[:, oil] *= np.where(day >= at, 1 - 0.85*np.exp(-np.maximum(day - at, 0)/250), 1)[:, None]   # degassed, slowly back to what it was
     return truth, sigma, noise, relative
 
+# %% ../nbs/28_grid.ipynb #ec557f67
 def _sensed(rng, truth, sigma, noise, relative, low, gain, factor, replaced, day):
     "What the sensors report of `truth`: make, noise, drift, replacement, stuck readings, spikes, gaps."
     n, k = truth.shape
@@ -332,7 +336,7 @@ def _sensed(rng, truth, sigma, noise, relative, low, gain, factor, replaced, day
     for start in _occasions(rng, 3, day[-1]): read[(day >= start) & (day < start + rng.exponential(1.5))] = np.nan
     return read
 
-# %% ../nbs/28_grid.ipynb #784299ea
+# %% ../nbs/28_grid.ipynb #8c9497d1
 @dataclass(frozen=True)
 class History:
     "Readings of one asset."
@@ -352,6 +356,9 @@ class Fleet:
     precursors: list             # the truth behind the failures, those of the time after the end included
     made: dict                   # arguments of `simulate`
     data: str = 'synthetic'
+
+# %% ../nbs/28_grid.ipynb #ae38689b
+SITE_ASSETS = 10   # share a site and its weather
 
 def _asset(i, rng, hours, table, operator, scale, site):
     "What is drawn of asset `i` before the heat of all is computed together."
@@ -376,32 +383,7 @@ def _heat(assets, step_minutes):
     for a in assets:
         if isinstance(t := a['thermal'], Contact): a['drivers']['physics']['hot_spot_c'] = a['drivers']['ambient'] + t.contact_rise_k*a['rise']*(a['drivers']['load']/100)**t.exponent
 
-# %% ../nbs/28_grid.ipynb #ab1685a8
-def simulate(assets: int = 400, days: int = 720, step_hours: float = 3, seed: int = 0,
-             failures_per_asset_year: float | None = 0.25,   # mean over the fleet; None: the table's own rates
-             utility: str = 'base',                          # of the table
-             table: Table | None = None,                     # None: the one that comes with edgenb
-             start: str = '2024-01-01') -> Fleet:
-    "A synthetic fleet. Deterministic; an asset's history does not depend on how many others there are."
-    table = table or failure_modes()
-    within('simulate', 1, None, assets=assets); within('simulate', 2, 36500, days=days); within('simulate', 0.05, 24, step_hours=step_hours)
-    if failures_per_asset_year is not None: within('simulate', 0, 50, failures_per_asset_year=failures_per_asset_year)
-    _one_of('simulate', 'utility', utility, table.utilities)
-    operator, hours, first = table.utilities[utility], np.arange(0, days*24, step_hours), np.datetime64(start, 's')
-    scale = 1 if failures_per_asset_year is None else failures_per_asset_year/sum(m.rate_per_year*table.equipment[m.equipment].share for m in table.modes.values())
-    time = first + np.round(hours*3600).astype('timedelta64[s]')
-    generator = lambda *key: np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(utility.encode())], spawn_key=key))
-    sites = [_site(generator(1, s), hours, first, operator) for s in range(-(-assets//SITE_ASSETS))]
-    drawn = [_asset(i, generator(0, i), hours, table, operator, scale, sites[i//SITE_ASSETS]) for i in range(assets)]
-    _heat(drawn, step_hours*60)
-    fleet = Fleet([], [], list(table.channels), {n: c.unit for n, c in table.channels.items()}, [],
-                  {'assets': assets, 'days': days, 'step_hours': step_hours, 'seed': seed, 'failures_per_asset_year': failures_per_asset_year, 'utility': utility, 'start': start})
-    for a in drawn: _record(fleet, a, time, table, operator, utility)
-    fleet.orders.sort(key=lambda o: (o.time, o.asset))
-    return fleet
-
-SITE_ASSETS = 10   # share a site and its weather
-
+# %% ../nbs/28_grid.ipynb #dc1f552f
 def _site(rng, hours, first, operator):
     "Weather of a site from 1 January of the first day's year on."
     since = float((first - first.astype('datetime64[Y]').astype('datetime64[s]'))/np.timedelta64(1, 'h'))
@@ -426,7 +408,31 @@ def _record(fleet, a, time, table, operator, utility):
                          *(WorkOrder(name, when(t), 'sensor replaced', '', channels[c]) for t, c in a['replaced'])])
     fleet.precursors.extend(Precursor(name, mode, when(start), when(at), silent) for start, at, _, mode, silent in a['events'] if start <= day[-1])
 
-# %% ../nbs/28_grid.ipynb #e9e0d74c
+# %% ../nbs/28_grid.ipynb #433ae94b
+def simulate(assets: int = 400, days: int = 720, step_hours: float = 3, seed: int = 0,
+             failures_per_asset_year: float | None = 0.25,   # mean over the fleet; None: the table's own rates
+             utility: str = 'base',                          # of the table
+             table: Table | None = None,                     # None: the one that comes with edgenb
+             start: str = '2024-01-01') -> Fleet:
+    "A synthetic fleet. Deterministic; an asset's history does not depend on how many others there are."
+    table = table or failure_modes()
+    within('simulate', 1, None, assets=assets); within('simulate', 2, 36500, days=days); within('simulate', 0.05, 24, step_hours=step_hours)
+    if failures_per_asset_year is not None: within('simulate', 0, 50, failures_per_asset_year=failures_per_asset_year)
+    _one_of('simulate', 'utility', utility, table.utilities)
+    operator, hours, first = table.utilities[utility], np.arange(0, days*24, step_hours), np.datetime64(start, 's')
+    scale = 1 if failures_per_asset_year is None else failures_per_asset_year/sum(m.rate_per_year*table.equipment[m.equipment].share for m in table.modes.values())
+    time = first + np.round(hours*3600).astype('timedelta64[s]')
+    generator = lambda *key: np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(utility.encode())], spawn_key=key))
+    sites = [_site(generator(1, s), hours, first, operator) for s in range(-(-assets//SITE_ASSETS))]
+    drawn = [_asset(i, generator(0, i), hours, table, operator, scale, sites[i//SITE_ASSETS]) for i in range(assets)]
+    _heat(drawn, step_hours*60)
+    fleet = Fleet([], [], list(table.channels), {n: c.unit for n, c in table.channels.items()}, [],
+                  {'assets': assets, 'days': days, 'step_hours': step_hours, 'seed': seed, 'failures_per_asset_year': failures_per_asset_year, 'utility': utility, 'start': start})
+    for a in drawn: _record(fleet, a, time, table, operator, utility)
+    fleet.orders.sort(key=lambda o: (o.time, o.asset))
+    return fleet
+
+# %% ../nbs/28_grid.ipynb #aa8db77f
 def save_fleet(fleet: Fleet, folder: str | Path,
                form: str = 'parquet'        # or 'csv'
               ) -> Path:
