@@ -247,7 +247,7 @@ def clean(series: list,   # of (t int64 (n,) seconds, raw float (n, C)) in the o
           plan: Plan) -> list:   # of (steps (k,), values float32 (k, C), codes (k, C), out of range (k, C), found)
     "All rules, on many assets side by side."
     result = [None]*len(series)
-    rows = lambda n: max(1, int(4e6/(n*plan.factor.size)))   # assets that fit into some 100 MB
+    rows = lambda n: max(1, int(1.6e7/(n*plan.factor.size)))   # assets that fit into some 200 MB
     todo = sorted(range(len(series)), key=lambda i: -len(series[i][0]))
     while todo:
         first = _prepared(*series[todo[0]], plan)
@@ -263,14 +263,16 @@ def _prepared(t, raw, plan):
     return every, row, mean, count, seen, found
 
 def _clean_block(parts, plan):
-    longest, C, U = max(len(p[0]) for p in parts), len(plan.names), len(plan.unit)
-    mean, count, seen = np.full((longest, len(parts), U, C), np.nan), np.zeros((longest, len(parts), U, C), np.int32), np.zeros((longest, len(parts), C), np.int32)
-    for a, (every, row, m, n, s, _) in enumerate(parts):
-        at = np.nonzero(row >= 0)[0]
-        mean[at, a], count[at, a], seen[at, a] = m, n, s
+    longest, C, U, chunk = max(len(p[0]) for p in parts), len(plan.names), len(plan.unit), 512
     state, out = clean_state((len(parts), C)), [np.zeros((longest, len(parts), C), d) for d in (np.float32, np.uint8, np.int32)]
-    for k in range(longest):
-        for o, new in zip(out, clean_step(state, mean[k], count[k], seen[k], plan)): o[k] = new
+    for start in range(0, longest, chunk):
+        shape = chunk, len(parts), U, C
+        mean, count, seen = np.full(shape, np.nan), np.zeros(shape, np.int32), np.zeros((chunk, len(parts), C), np.int32)
+        for a, (_, row, *readings, _) in enumerate(parts):
+            at = np.nonzero((r := row[start:start + chunk]) >= 0)[0]
+            for side_by_side, alone in zip((mean, count, seen), readings): side_by_side[at, a] = alone[r[at]]
+        for k in range(min(chunk, longest - start)):
+            for o, new in zip(out, clean_step(state, mean[k], count[k], seen[k], plan)): o[start + k] = new
     for a, (every, row, *_, found) in enumerate(parts):
         skipped = np.r_[False, np.diff(every) > 1]                # the row after a shortened gap
         keep = np.ones(len(every), bool)
@@ -340,6 +342,7 @@ def _windows_block(many, plan, window, step):
         z, mask, raw = (np.lib.stride_tricks.sliding_window_view(o[:pad + len(steps), a].copy(), window, 0) for o in out)   # (n, C, window)
         at = np.nonzero((steps % step == 0))[0]
         at = at[_enough(mask[at], window)]
+        if len(at) and (np.diff(at) == step).all(): at = slice(at[0], at[-1] + 1, step)   # a view: overlapping windows share their memory
         yield Windows((steps[at]*grid).astype('datetime64[s]'), z[at], mask[at], raw[at])
 
 # %% ../nbs/29_telemetry.ipynb #242a53b9

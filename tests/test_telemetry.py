@@ -247,6 +247,14 @@ def test_a_reading_that_comes_after_its_step_was_flushed_is_too_late():
     assert [e['count'] for e in stream.events() if e['what'] == 'time backwards'] == [2] and stream.open == 2
 
 
+def test_after_a_night_of_silence_a_channel_is_judged_by_its_usual_range():
+    night = [(n*HOUR, np.array([-5 + n/10, 40, 1.])) for n in range(6)] + [(n*HOUR, np.array([25 + n/10, 40, 1.])) for n in range(20, 26)]   # -5 °C, or 25 °F: not by what was before
+    stream = Stream(CHANNELS, 1, 1, RULES)
+    for t, v in night: stream.push(t, v)
+    stream.flush()
+    assert [e['what'] for e in stream.events() if e['channel'] == 'oil'] == [] and not (from_file(night)[1][:, 0] > GAP).any()
+
+
 def test_a_changed_byte_of_the_state_is_noticed():
     stream, _ = stream_of(calm(4))
     data = stream.to_bytes()
