@@ -2,7 +2,7 @@
 import json, math
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from edgenb.core import EdgenbError
 from edgenb.events import COUNTS, DAY, FIGURES, SEVERITIES, Alerts, Event, Split, alarms, choose_threshold, difference, evaluate, events_table, lead_time_figure, split_assets
@@ -61,6 +61,9 @@ def count_plainly(events, failures, begin, end, excluded, near, far, standing, r
 
 
 @settings(max_examples=150, deadline=None)
+@example([(1301, 200)], set(), [(1300, 200)], 0, 14)
+@example([], {1405, 1501}, [], 0, 14)
+@example([(2, 0)], {1}, [], 2, 14)
 @given(st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 300)), max_size=5), st.sets(st.integers(1, 1600), max_size=3),
        st.lists(st.tuples(st.integers(0, 1500), st.integers(1, 200)), max_size=2), st.integers(0, 300), st.sampled_from([14, 25]))
 def test_counts_agree_with_the_rules_read_hour_by_hour(raw, failures, raw_out, begin, standing):
