@@ -113,11 +113,11 @@ def _count(events, failures, observed, excluded, ahead, standing, repair):
     blocked = _union([*excluded, *((f, f + repair) for f in failures)])
     out = [(max(b, begin), min(e, end)) for b, e in blocked if e > begin and b < end]
     near, far = ahead
-    counted = [f for f in failures if 2*(max(0, min(f - near, end) - max(f - far, begin)) - _overlap(out, max(f - far, begin), min(f - near, end))) >= far - near and _overlap(out, f - 1, f) == 0]
+    counted = [f for f in failures if 2*(max(0, min(f - near, end) - max(f - far, begin)) - _overlap(out, max(f - far, begin), min(f - near, end))) >= far - near and _overlap(blocked, f - 1, f) == 0]
     starts = []
     for e in events:
         at = next((b2 for b, b2 in blocked if b < max(e.begin, begin) <= b2), max(e.begin, begin))   # begins where the time that does not count ends
-        if at <= end and (at == e.begin or at < e.end): starts.append((at, e.end))
+        if at <= end and (at == e.begin or at < min(e.end, end)): starts.append((at, e.end))
     leads, used = [], set()
     for f in counted:
         good = [k for k, (b, e) in enumerate(starts) if f - far <= b <= f - near or f - standing <= b < f - far <= e]

@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'ALIASES', 'OK', 'MISSING', 'GAP', 'OUTSIDE', 'STUCK', 'SUSPECT', 'CONVERTED', 'UNCLEAR', 'CODES', 'DONE',
-           'MAGIC', 'KINDS', 'unit_named', 'conversion', 'Channel', 'Rules', 'rule', 'Plan', 'Clock', 'clean_state',
+           'MAGIC', 'unit_named', 'conversion', 'Channel', 'Rules', 'rule', 'Plan', 'Clock', 'clean_state',
            'clean_step', 'History', 'believed', 'merge', 'gridded', 'dense', 'clean', 'baseline_state', 'baseline_step',
-           'Windows', 'windows', 'seconds', 'Stream', 'stream_to_bytes', 'stream_from_bytes', 'Report',
-           'read_telemetry', 'WorkOrder', 'read_orders']
+           'Windows', 'windows', 'seconds', 'Stream', 'stream_to_bytes', 'stream_from_bytes']
 
 # %% ../nbs/29_telemetry.ipynb #ed3d723a
-import datetime, hashlib, json, math, re, struct
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+import datetime, hashlib, json, math, struct
+from dataclasses import asdict, dataclass
 import numpy as np
-from .core import EdgenbError, did_you_mean, json_text, within
+from .core import EdgenbError, did_you_mean, within
 
 # %% ../nbs/29_telemetry.ipynb #2aff8328
 UNITS = {'°C': {'°F': (5/9, -160/9), 'K': (1, -273.15)}, 'K': {'°C': (1, 273.15)},
@@ -249,7 +247,7 @@ def clean(series: list,   # of (t int64 (n,) seconds, raw float (n, C)) in the o
           plan: Plan) -> list:   # of (steps (k,), values float32 (k, C), codes (k, C), out of range (k, C), found)
     "All rules, on many assets side by side."
     result = [None]*len(series)
-    rows = lambda n: max(1, int(4e6/(n*plan.factor.size)))   # assets that fit into some 100 MB
+    rows = lambda n: max(1, int(1.6e7/(n*plan.factor.size)))   # assets that fit into some 200 MB
     todo = sorted(range(len(series)), key=lambda i: -len(series[i][0]))
     while todo:
         first = _prepared(*series[todo[0]], plan)
@@ -265,14 +263,16 @@ def _prepared(t, raw, plan):
     return every, row, mean, count, seen, found
 
 def _clean_block(parts, plan):
-    longest, C, U = max(len(p[0]) for p in parts), len(plan.names), len(plan.unit)
-    mean, count, seen = np.full((longest, len(parts), U, C), np.nan), np.zeros((longest, len(parts), U, C), np.int32), np.zeros((longest, len(parts), C), np.int32)
-    for a, (every, row, m, n, s, _) in enumerate(parts):
-        at = np.nonzero(row >= 0)[0]
-        mean[at, a], count[at, a], seen[at, a] = m, n, s
+    longest, C, U, chunk = max(len(p[0]) for p in parts), len(plan.names), len(plan.unit), 512
     state, out = clean_state((len(parts), C)), [np.zeros((longest, len(parts), C), d) for d in (np.float32, np.uint8, np.int32)]
-    for k in range(longest):
-        for o, new in zip(out, clean_step(state, mean[k], count[k], seen[k], plan)): o[k] = new
+    for start in range(0, longest, chunk):
+        shape = chunk, len(parts), U, C
+        mean, count, seen = np.full(shape, np.nan), np.zeros(shape, np.int32), np.zeros((chunk, len(parts), C), np.int32)
+        for a, (_, row, *readings, _) in enumerate(parts):
+            at = np.nonzero((r := row[start:start + chunk]) >= 0)[0]
+            for side_by_side, alone in zip((mean, count, seen), readings): side_by_side[at, a] = alone[r[at]]
+        for k in range(min(chunk, longest - start)):
+            for o, new in zip(out, clean_step(state, mean[k], count[k], seen[k], plan)): o[start + k] = new
     for a, (every, row, *_, found) in enumerate(parts):
         skipped = np.r_[False, np.diff(every) > 1]                # the row after a shortened gap
         keep = np.ones(len(every), bool)
@@ -342,6 +342,7 @@ def _windows_block(many, plan, window, step):
         z, mask, raw = (np.lib.stride_tricks.sliding_window_view(o[:pad + len(steps), a].copy(), window, 0) for o in out)   # (n, C, window)
         at = np.nonzero((steps % step == 0))[0]
         at = at[_enough(mask[at], window)]
+        if len(at) and (np.diff(at) == step).all(): at = slice(at[0], at[-1] + 1, step)   # a view: overlapping windows share their memory
         yield Windows((steps[at]*grid).astype('datetime64[s]'), z[at], mask[at], raw[at])
 
 # %% ../nbs/29_telemetry.ipynb #242a53b9
@@ -480,211 +481,3 @@ def stream_from_bytes(data: bytes) -> Stream:
 
 Stream.to_bytes = stream_to_bytes
 Stream.from_bytes = staticmethod(stream_from_bytes)
-
-# %% ../nbs/29_telemetry.ipynb #3ff3e244
-@dataclass
-class Report:
-    "Everything that was found in the files, and what was done."
-    rules: Rules
-    findings: list = field(default_factory=list)   # of dict: what, asset, channel, count, first, last, detail, done
-
-    def note(self, what, asset='', channel='', count=1, first=None, last=None, detail=''):
-        "Add a finding; times in seconds."
-        text = lambda t: '' if t is None else str(np.datetime64(int(t), 's'))
-        self.findings.append(dict(what=what, asset=asset, channel=channel, count=int(count), first=text(first), last=text(last), detail=detail, done=rule(what, self.rules)))
-
-    def table(self) -> str:
-        "Markdown: a row for each kind of finding and channel, summed over assets."
-        rows, groups = ['| found | channel | assets | count | for example | what was done |', '|---|---|---:|---:|---|---|'], {}
-        for f in self.findings: groups.setdefault((f['what'], f['channel']), []).append(f)
-        for (what, channel), fs in sorted(groups.items()):
-            worst = max(fs, key=lambda f: f['count'])
-            example = ', '.join(filter(None, (worst['asset'], worst['first'] and f"{worst['first']} to {worst['last']}", worst['detail'])))
-            rows.append(f"| {what} | {channel} | {len({f['asset'] for f in fs if f['asset']}) or ''} | {sum(f['count'] for f in fs):,} | {example} | {worst['done']} |")
-        return '\n'.join(rows if groups else ['Nothing was found that needed a rule.'])
-
-    def to_json(self) -> str:
-        "The rules and every finding."
-        return json_text({'rules': asdict(self.rules), 'findings': self.findings})
-
-    def _repr_markdown_(self): return self.table()
-
-# %% ../nbs/29_telemetry.ipynb #d2acb12b
-def _frame(file: Path):
-    import pandas as pd
-    try:
-        if file.suffix.lower() == '.parquet': return pd.read_parquet(file)
-        return pd.read_csv(file, dtype={k: str for k in ('asset', 'equipment', 'site', 'channel', 'unit', 'mode', 'note', 'kind')}, low_memory=False)
-    except (ValueError, OSError, UnicodeDecodeError) as e: raise EdgenbError(f'{file} cannot be read as a table ({str(e).splitlines()[0]}): CSV in UTF-8 with a header line, or Parquet') from None
-
-def _row(file, n): return f'row {n + 2}' if file.suffix.lower() != '.parquet' else f'row {n}'
-
-def _seconds_of(column, file: Path) -> np.ndarray:   # float (n,), NaN where it is not a time
-    "A column of times as seconds since 1970, UTC."
-    import pandas as pd
-    if pd.api.types.is_numeric_dtype(column):
-        t = column.to_numpy(float)
-        top = np.nanmax(np.abs(t), initial=0)
-        t = np.floor(t/next(f for f in (1, 1e3, 1e6, 1e9) if top/f < 1e11 or f == 1e9))   # seconds, milli-, micro- or nanoseconds
-    else:
-        parsed = pd.to_datetime(column, format='ISO8601', utc=True, errors='coerce')
-        t = parsed.dt.tz_localize(None).to_numpy().astype('datetime64[s]').astype(np.int64).astype(float)
-        t[parsed.isna().to_numpy()] = np.nan
-    return np.where(np.abs(t) < 1e11, t, np.nan)
-
-def _numbers(column, file, asset, name, report):
-    "A column as floats; what is no number is NaN, and noted."
-    import pandas as pd
-    if pd.api.types.is_numeric_dtype(column): v = column.to_numpy(float, na_value=np.nan)
-    else:
-        v = pd.to_numeric(column, errors='coerce').to_numpy(float)
-        bad = np.nonzero(np.isnan(v) & column.notna().to_numpy())[0]
-        if len(bad):
-            text = str(column.iloc[bad[0]])
-            if len(bad) > len(v)/2 and re.fullmatch(r'-?\d+,\d+', text.strip()): raise EdgenbError(f'{file}: {name} has {text!r} in {_row(file, column.index[bad[0]])}, a decimal comma: export with decimal points')
-            report.note('not a number', asset, name, len(bad), detail=f'{text!r} in {file.name}, {_row(file, column.index[bad[0]])}')
-    return np.where(np.isfinite(v), v, np.nan)
-
-# %% ../nbs/29_telemetry.ipynb #6f6cc58d
-def _named_columns(columns, plan, file, report, ignore):
-    "Channel of each column of a wide table: {column: (channel, factor, offset)}; unknown ones are noted, or refused if they look like a missing channel."
-    found, unknown = {}, []
-    for column in columns:
-        name, unit = re.fullmatch(r'\s*(.*?)\s*(?:[\[(]\s*([^\])]*)[\])])?\s*', str(column)).groups()
-        if name in ('asset', 'time', 'equipment', 'site') or column in ignore: continue
-        if name not in plan.names: unknown.append((column, name)); continue
-        if name in [f[0] for f in found.values()]: report.note('named twice', channel=name, detail=f'{column} in {file.name}'); continue
-        own = plan.channels[plan.names.index(name)].unit
-        found[column] = name, *conversion(unit or own, own, f'{file}, column {column}: ')
-        if unit and unit_named(unit) != unit_named(own): report.note('declared unit', channel=name, detail=f'{unit} to {own} in {file.name}')
-    missing = [n for n in plan.names if n not in [f[0] for f in found.values()]]
-    for column, name in unknown:
-        if 'Did you mean' in (hint := did_you_mean(name, missing)) and missing:
-            raise EdgenbError(f'{file}: there is no channel {column}.{hint} Rename the column, or pass ignore=[{column!r}]')
-        report.note('unknown column', detail=f'{column} in {file.name}')
-    if not found: raise EdgenbError(f"{file} has none of the channels {', '.join(plan.names)}; its columns are {', '.join(map(str, columns))}")
-    return found
-
-def _long_to_wide(frame, plan, file, report):
-    "A long table as times and readings of one asset: sorted by time, the first of each time and channel counts."
-    out = []
-    for name, rows in frame.groupby('channel', sort=False):
-        if name not in plan.names: raise EdgenbError(f'{file}: there is no channel {name}.{did_you_mean(str(name), plan.names)} Pass ignore=[{str(name)!r}] to leave it out')
-        own, v = plan.channels[plan.names.index(name)].unit, _numbers(rows['value'], file, str(rows['asset'].iloc[0]), name, report)
-        if 'unit' in rows:
-            for unit, part in rows.groupby('unit').indices.items():
-                f, o = conversion(unit, own, f'{file}, channel {name}: ')
-                v[part] = v[part]*f + o
-                if unit_named(unit) != unit_named(own): report.note('declared unit', str(rows['asset'].iloc[0]), name, len(part), detail=f'{unit} to {own} in {file.name}')
-        t, first = np.unique(rows['_t'].to_numpy(np.int64), return_index=True)
-        if len(t) < len(rows): report.note('duplicate', str(rows['asset'].iloc[0]), name, len(rows) - len(t), detail=file.name)
-        out.append((plan.names.index(name), t, v[first]))
-    times = np.unique(np.concatenate([t for _, t, _ in out]))
-    raw = np.full((len(times), len(plan.names)), np.nan)
-    for c, t, v in out: raw[np.searchsorted(times, t), c] = v
-    return times, raw
-
-# %% ../nbs/29_telemetry.ipynb #1b53da59
-def _read_file(file, plan, report, ignore):
-    "(asset, equipment, site, t, raw) of each asset in one file."
-    frame = _frame(file)
-    frame.columns = [str(c).strip() for c in frame.columns]
-    for need in ('asset', 'time'):
-        if need not in frame.columns: raise EdgenbError(f'{file} has no column {need}.{did_you_mean(need, frame.columns)} Every table needs asset and time')
-    if len(frame) == 0: raise EdgenbError(f'{file} has a header but no rows')
-    t = _seconds_of(frame['time'], file)
-    if (bad := np.nonzero(np.isnan(t))[0]).size:
-        where = f"{', '.join(_row(file, n) for n in bad[:5])}, for example {str(frame['time'].iloc[bad[0]])!r}"
-        if len(bad) > 0.01*len(t): raise EdgenbError(f'{file}: {len(bad)} of {len(t)} times cannot be read ({where}): write them as 2024-05-31T13:00:00Z, or as seconds since 1970')
-        report.note('unreadable time', count=len(bad), detail=f'{file.name}, {where}')
-    if nameless := int(frame['asset'].isna().sum()): report.note('no asset', count=nameless, detail=file.name)
-    frame = frame.assign(_t=t)[~np.isnan(t) & frame['asset'].notna().to_numpy()]
-    long = {'channel', 'value'} <= set(frame.columns)
-    if long: frame = frame[~frame['channel'].isin(list(ignore))]
-    else: columns = _named_columns([c for c in frame.columns if c != '_t'], plan, file, report, ignore)
-    for asset, rows in frame.groupby('asset', sort=False):
-        asset, times = str(asset), rows['_t'].to_numpy(np.int64)
-        if long: times, raw = _long_to_wide(rows, plan, file, report)
-        else:
-            raw = np.full((len(rows), len(plan.names)), np.nan)
-            for column, (name, f, o) in columns.items(): raw[:, plan.names.index(name)] = _numbers(rows[column], file, asset, name, report)*f + o
-            if len(times) > 2 and (np.diff(times) <= 0).all() and times[0] > times[-1]:
-                times, raw = times[::-1], raw[::-1]
-                report.note('newest first', asset, detail=file.name)
-        yield asset, *(str(rows[k].dropna().iloc[0]) if k in rows and rows[k].notna().any() else '' for k in ('equipment', 'site')), times, raw
-
-def _note_codes(asset, steps, codes, outside, found, plan, report):
-    "What the rules found in one asset."
-    for what, count, first, last in found: report.note(what, asset, '', count, first, last)
-    for code, c in np.argwhere([(codes == k).any(0) if k != OUTSIDE else (outside > 0).any(0) for k in range(1, len(CODES))]) + [1, 0]:
-        if code == GAP and c: continue   # the same for all channels
-        at = np.nonzero(outside[:, c] > 0 if code == OUTSIDE else codes[:, c] == code)[0]
-        count = outside[:, c].sum() if code == OUTSIDE else len(at)
-        longest = max(map(len, np.split(at, np.nonzero(np.diff(at) > 1)[0] + 1)))
-        report.note(CODES[code], asset, '' if code == GAP else plan.names[c], count, steps[at[0]]*plan.rules.grid_s, steps[at[-1]]*plan.rules.grid_s, f'{longest} steps on end' if longest > 1 else '')
-
-def read_telemetry(path: str | Path,          # a CSV or Parquet file, or a folder of them
-                   channels: list,            # of Channel: the fleet's fixed list
-                   rules: Rules = Rules(),
-                   ignore: tuple = ()         # columns, or channels of a long table, to leave out
-                  ) -> tuple:                 # list of History, Report
-    "Histories of all assets in the files, and a report of everything that was found."
-    plan, report, path = Plan(channels, rules), Report(rules), Path(path)
-    if not path.exists(): raise EdgenbError(f'{path} does not exist: pass a CSV or Parquet file, or a folder of them')
-    files = sorted(p for p in path.rglob('*') if p.suffix.lower() in ('.csv', '.parquet') and not p.name.startswith('.')) if path.is_dir() else [path]
-    if not files: raise EdgenbError(f'{path} holds no .csv or .parquet file')
-    assets = {}
-    for file in files:
-        for asset, equipment, site, t, raw in _read_file(file, plan, report, ignore): assets.setdefault(asset, []).append((t, raw, equipment, site))
-    if not assets: raise EdgenbError(f'{path} holds no reading that could be used: {report.table()}')
-    for asset, parts in assets.items():
-        parts.sort(key=lambda p: p[0].min())
-        if any(a[0].max() >= b[0].min() for a, b in zip(parts, parts[1:])): report.note('files overlap', asset)
-    never = [c for c, n in enumerate(plan.names) if not any(np.isfinite(p[1][:, c]).any() for parts in assets.values() for p in parts)]
-    for c in never: report.note('missing channel', channel=plan.names[c])
-    cleaned, histories = clean([(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])) for parts in assets.values()], plan), []
-    for (asset, parts), (steps, values, codes, outside, found) in zip(assets.items(), cleaned):
-        codes[:, never] = np.where(codes[:, never] == MISSING, OK, codes[:, never])   # said once for the fleet
-        _note_codes(asset, steps, codes, outside, found, plan, report)
-        equipment, site = (next((p[k] for p in parts if p[k]), '') for k in (2, 3))
-        histories.append(History(asset, equipment, site, (steps*rules.grid_s).astype('datetime64[s]'), values))
-    return histories, report
-
-# %% ../nbs/29_telemetry.ipynb #90c6948c
-KINDS = ('failure', 'maintenance', 'sensor replaced')
-
-@dataclass(frozen=True)
-class WorkOrder:
-    "Something that was done to an asset, or that it did."
-    asset: str
-    time: np.datetime64   # [s]
-    kind: str             # one of KINDS
-    mode: str = ''        # failure mode
-    note: str = ''
-
-def read_orders(path: str | Path,         # CSV with asset, time, kind, perhaps mode and note
-                histories: list,          # of History
-                kinds: dict | None = None,   # what the file calls it -> one of KINDS, or None to leave it out
-                slack_days: float = 7.0      # a failure may silence its own sensors
-               ) -> list:                 # of WorkOrder, by time
-    "Work orders; refuses, with row numbers, what cannot be placed."
-    path = Path(path)
-    if not path.is_file(): raise EdgenbError(f'{path} does not exist: pass a CSV file with asset, time, kind')
-    frame, spans = _frame(path), {h.asset: (h.time[0], h.time[-1]) for h in histories if len(h.time)}
-    for need in ('asset', 'time', 'kind'):
-        if need not in frame.columns: raise EdgenbError(f'{path} has no column {need}.{did_you_mean(need, frame.columns)} Work orders need asset, time and kind')
-    named, slack = {k.lower(): k for k in KINDS} | {str(k).strip().lower(): v for k, v in (kinds or {}).items()}, np.timedelta64(int(slack_days*86400), 's')
-    if wrong := [v for v in named.values() if v is not None and v not in KINDS]: raise EdgenbError(f'kinds: there is no kind {wrong[0]}.{did_you_mean(str(wrong[0]), KINDS)}')
-    t, orders, refused = _seconds_of(frame['time'], path), [], []
-    text = lambda row, k: str(row[k]).strip() if k in row and isinstance(row[k], str) else ''
-    for n, row in enumerate(frame.to_dict('records')):
-        asset, kind = str(row['asset']).strip(), text(row, 'kind')
-        if kind.lower() not in named: refused.append(f"{_row(path, n)}: kind {kind!r} is none of {', '.join(KINDS)}: pass kinds={{{kind!r}: ...}}"); continue
-        if named[kind.lower()] is None: continue
-        if np.isnan(t[n]): refused.append(f"{_row(path, n)}: {row['time']!r} is not a time: write 2024-05-31"); continue
-        if asset not in spans: refused.append(f'{_row(path, n)}: no telemetry of asset {asset}.{did_you_mean(asset, spans)}'); continue
-        time, (begin, end) = np.datetime64(int(t[n]), 's'), spans[asset]
-        if not begin <= time <= end + slack: refused.append(f'{_row(path, n)}: {time} is outside the telemetry of {asset}, {begin} to {end}'); continue
-        orders.append(WorkOrder(asset, time, named[kind.lower()], text(row, 'mode'), text(row, 'note')))
-    if refused: raise EdgenbError(f'{path}: {len(refused)} of {len(frame)} work orders cannot be placed:\n' + '\n'.join(refused[:10]) + ('\n...' if len(refused) > 10 else ''))
-    return sorted(orders, key=lambda o: (o.time, o.asset))

@@ -2,7 +2,7 @@
 import json, math
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from edgenb.core import EdgenbError
 from edgenb.events import COUNTS, DAY, FIGURES, SEVERITIES, Alerts, Event, Split, alarms, choose_threshold, difference, evaluate, events_table, lead_time_figure, split_assets
@@ -26,7 +26,7 @@ def alarms_plainly(t, s, threshold, clear, merge_days):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 30), st.one_of(st.sampled_from([0., 1, 2, 3, 4, math.nan]))), max_size=60), st.sampled_from([2., 3]), st.sampled_from([1., 2]), st.sampled_from([0, 0.5, 2]))
+@given(st.lists(st.tuples(st.sampled_from([1, 5, 12, 30, 48]), st.one_of(st.sampled_from([0., 1, 2, 3, 4, math.nan]))), max_size=60), st.sampled_from([2., 3]), st.sampled_from([1., 2]), st.sampled_from([0, 0.5, 2]))
 def test_alarms_begin_end_and_merge_as_a_plain_loop_says(steps, threshold, clear, merge_days):
     t, s = (np.cumsum([d for d, _ in steps])*HOUR if steps else np.empty(0, int)), [x for _, x in steps]
     got = [(e.begin, e.end, e.peak) for e in alarms(t, s, threshold, clear, merge_days)]
@@ -61,6 +61,9 @@ def count_plainly(events, failures, begin, end, excluded, near, far, standing, r
 
 
 @settings(max_examples=150, deadline=None)
+@example([(1301, 200)], set(), [(1300, 200)], 0, 14)
+@example([], {1405, 1501}, [], 0, 14)
+@example([(2, 0)], {1}, [], 2, 14)
 @given(st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 300)), max_size=5), st.sets(st.integers(1, 1600), max_size=3),
        st.lists(st.tuples(st.integers(0, 1500), st.integers(1, 200)), max_size=2), st.integers(0, 300), st.sampled_from([14, 25]))
 def test_counts_agree_with_the_rules_read_hour_by_hour(raw, failures, raw_out, begin, standing):
@@ -80,6 +83,12 @@ def test_counts_agree_with_the_rules_read_hour_by_hour(raw, failures, raw_out, b
 def test_only_a_warning_two_to_fourteen_days_ahead_gets_credit(day, credit, false, late):
     r = evaluate({'A': [Event(int(day*DAY), int(day*DAY) + 60, 1.)]}, {'A': [100*DAY]}, {'A': (0, 365*DAY)})
     assert [r.counts[0, COUNTS.index(k)] for k in ('warned', 'false', 'late')] == [credit, false, late]
+
+
+def test_an_alarm_that_just_reaches_the_window_still_stands_in_it_and_mostly_excluded_months_do_not_count():
+    for end, credit in ((86*DAY, 1), (86*DAY - 1, 0)): assert evaluate({'A': [Event(80*DAY, end, 1.)]}, {'A': [100*DAY]}, {'A': (0, 365*DAY)}, standing_days=20).counts[0, 1] == credit
+    r = evaluate({'A': [Event(DAY, 2*DAY, 1.)]}, {}, {'A': (0, 90*DAY)}, {'A': [(5*DAY, 25*DAY), (32*DAY, 40*DAY)]})
+    assert dict(zip(COUNTS, r.counts[0]))['months'] == 2 and math.isclose(r.counts[0, COUNTS.index('years')]*365.25, 62)
 
 
 def test_a_failure_nobody_could_have_been_warned_of_does_not_count():
@@ -248,7 +257,16 @@ class AlertLife(RuleBasedStateMachine):
             assert all(b - a >= 24*HOUR for a, b in zip(times, times[3:])), 'more than one ring for each severity within a day'
 
 TestAlertLife = AlertLife.TestCase
-TestAlertLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAlertLife.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+def test_an_acknowledged_alert_is_silent_however_bad_it_gets_until_it_was_cleared():
+    desk = Alerts({'leak': 'look'})
+    assert desk.report(0, 'T1', 'leak', 'notice', 1).rings == 1
+    desk.acknowledge(1, 'T1', 'leak')
+    assert desk.report(2, 'T1', 'leak', 'critical', 9) is None and desk.open()[0].severity == 'critical'
+    desk.clear(3, 'T1', 'leak')
+    assert desk.report(4, 'T1', 'leak', 'notice', 1).severity == 'critical'   # worse than what was acknowledged
 
 
 def test_a_flapping_sensor_rings_once_and_an_alert_says_what_to_do():

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from edgenb.core import EdgenbError
-from edgenb.telemetry import CODES, GAP, OUTSIDE, Channel, Clock, History, Plan, Rules, Stream, believed, clean, read_orders, read_telemetry, windows
+from edgenb.intake import read_orders, read_telemetry
+from edgenb.telemetry import CODES, GAP, OUTSIDE, Channel, History, Plan, Rules, Stream, clean, windows
 
 CHANNELS = [Channel('oil', '°C', -40, 160, usual=(0, 95), others=('°F', 'K'), swing=10, stuck_hours=6),
             Channel('gas', 'ppm', 0, 20_000, usual=(0, 500), others=('ppb',), stuck_hours=math.inf),
@@ -56,14 +57,14 @@ def same(stream_windows, batch):
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-@given(readings(), st.lists(st.integers(0, 400), max_size=4))
-def test_the_device_sees_the_same_windows_and_finds_the_same_things_as_the_files(sent, power_losses):
-    stream, got = Stream(CHANNELS, 12, 3, RULES), []
+@given(readings(), st.lists(st.integers(0, 400), max_size=4), st.sampled_from([(12, 3), (1, 1), (5, 7)]))
+def test_the_device_sees_the_same_windows_and_finds_the_same_things_as_the_files(sent, power_losses, size):
+    stream, got = Stream(CHANNELS, *size, RULES), []
     for n, (t, v) in enumerate(sent):
         if n in power_losses: stream = Stream.from_bytes(stream.to_bytes())
         got += stream.push(t, v if n % 2 else dict(zip(('oil', 'gas', 'load'), v.tolist())))
     got += stream.flush()
-    history, codes, outside, found, batch = from_file(sent)
+    history, codes, outside, found, batch = from_file(sent, *size)
     same(got, batch)
     events = {(e['what'], e['channel']): e['count'] for e in stream.events()}
     expected = {(w, ''): n for w, n, _, _ in found}
@@ -246,6 +247,14 @@ def test_a_reading_that_comes_after_its_step_was_flushed_is_too_late():
     assert [e['count'] for e in stream.events() if e['what'] == 'time backwards'] == [2] and stream.open == 2
 
 
+def test_after_a_night_of_silence_a_channel_is_judged_by_its_usual_range():
+    night = [(n*HOUR, np.array([-5 + n/10, 40, 1.])) for n in range(6)] + [(n*HOUR, np.array([25 + n/10, 40, 1.])) for n in range(20, 26)]   # -5 °C, or 25 °F: not by what was before
+    stream = Stream(CHANNELS, 1, 1, RULES)
+    for t, v in night: stream.push(t, v)
+    stream.flush()
+    assert [e['what'] for e in stream.events() if e['channel'] == 'oil'] == [] and not (from_file(night)[1][:, 0] > GAP).any()
+
+
 def test_a_changed_byte_of_the_state_is_noticed():
     stream, _ = stream_of(calm(4))
     data = stream.to_bytes()
@@ -267,10 +276,11 @@ def test_every_form_of_the_same_table_gives_the_same_history(table, tmp_path):
     first, report = read('a.csv', table)
     assert report.findings == [] and 'Nothing was found' in report.table()
     long = table.melt(['asset', 'time'], var_name='channel')
+    named = long.assign(unit=long['channel'].map({'oil': 'F', 'gas': 'ppm', 'load': 'fraction'}), value=np.where(long['channel'] == 'oil', long['value']*1.8 + 32, long['value']))
     seconds = table.assign(time=(table['time'].astype('int64')//10**np.ceil(np.log10(table['time'].astype('int64').iloc[0]/1e10)).astype(int)))
     fahrenheit = table.assign(oil=table['oil']*1.8 + 32).rename(columns={'oil': 'oil (degF)'})
     for name, t in (('b.parquet', table), ('c.csv', long), ('d.csv', table[::-1]), ('e.csv', fahrenheit), ('f.csv', table.assign(time=table['time'].astype(str))), ('g.csv', seconds),
-                    ('h.csv', long.assign(unit=long['channel'].map({'oil': 'C', 'gas': 'ppm', 'load': 'fraction'})))):
+                    ('h.csv', named), ('i.parquet', named)):
         h, _ = read(name, t)
         assert np.array_equal(h.time, first.time) and np.allclose(h.values, first.values, rtol=1e-5, equal_nan=True), name
 
@@ -290,6 +300,16 @@ def test_many_assets_side_by_side_give_what_each_gives_alone():
     plan, many = Plan(CHANNELS, RULES), [history(n) for n in range(6)]
     for alone, together in zip([clean([m], plan)[0] for m in many], clean(many, plan)):
         for a, b in zip(alone[:4], together[:4]): assert np.array_equal(a, b, equal_nan=a.dtype.kind == 'f')
+
+
+def test_windows_of_many_histories_are_those_of_each():
+    histories = [from_file(calm(2 + n))[0] for n in range(4)]
+    for h, together in zip(histories, windows(histories, CHANNELS, 12, 3, RULES)):
+        alone = windows(h, CHANNELS, 12, 3, RULES)
+        assert all(np.array_equal(getattr(alone, k), getattr(together, k), equal_nan=k == 'raw') for k in ('time', 'values', 'mask', 'raw'))
+    off = History('T', '', '', histories[0].time + np.timedelta64(1, 's'), histories[0].values)
+    for wrong, message in ((off, 'whole steps of 3600 s'), (History('T', '', '', off.time, off.values[:, :2]), 'values have the shape')):
+        with pytest.raises(EdgenbError, match=message): windows(wrong, CHANNELS, 12, 3, RULES)
 
 
 def test_nothing_is_silent_and_errors_name_file_row_and_way_out(table, tmp_path):
@@ -319,6 +339,9 @@ def test_an_ambiguous_unit_is_refused_and_an_early_mix_up_is_seen_without_a_past
     broad = [Channel('x', '°C', -300, 500, usual=(0, 50), others=('°F', 'K'))]
     assert codes([120.0 + k for k in range(12)], [Channel('x', '°C', -300, 500, usual=(-200, 60), others=('°F', 'K'))]) == ['unit unclear']*12
     assert codes([120.0 + k/10 for k in range(12)], broad) == ['unit suspected']*2 + ['unit converted']*10
+    oil = [Channel('oil', '°C', -40, 160, others=('°F',), swing=10)]
+    assert codes([-16 + k/10 for k in range(6)] + [3.2 + k/5 for k in range(6)], oil) == ['']*12   # 19 degrees in the cold may be either: taken as it says
+    assert codes([-12 + k/10 for k in range(6)] + [10.4 + k/5 for k in range(6)], oil) == ['']*6 + ['unit suspected']*2 + ['unit converted']*4
     assert codes([5, 5.1, 5, 40, 41, 42, 43, 44, 45, 46, 47, 48], either) == ['']*12   # a real jump stays one
 
 
@@ -330,9 +353,12 @@ def test_work_orders_that_cannot_be_placed_are_refused_with_their_rows(table, tm
     assert [(o.kind, o.mode) for o in orders(f'T1,{when},Failure,leak', f'T1,{when},visit,', f'T1,{when},rundgang,', kinds={'visit': 'maintenance', 'Rundgang': None})] == [('failure', 'leak'), ('maintenance', '')]
     with pytest.raises(EdgenbError) as e: orders(f'T1,{when},failure,', f'T7,{when},failure,', 'T1,2001-01-01,failure,', 'T1,soon,failure,', f'T1,{when},fialure,')
     assert all(s in str(e.value) for s in ('4 of 5', 'row 3: no telemetry of asset T7. Did you mean T1', 'row 4', 'outside', "row 5: 'soon'", "row 6: kind 'fialure'"))
+    end = histories[0].time[-1]
+    assert len(orders(f'T1,{end + np.timedelta64(6, "D")},failure,')) == 1
+    with pytest.raises(EdgenbError, match='outside the telemetry'): orders(f'T1,{end + np.timedelta64(8, "D")},failure,')
     with pytest.raises(EdgenbError, match='no kind repair'): orders(f'T1,{when},visit,', kinds={'visit': 'repair'})
 
 
-def test_the_device_needs_numpy_only():
-    code = "import sys, edgenb.telemetry, edgenb.events; print(sorted({'pandas', 'pyarrow', 'scipy', 'torch', 'plotly'} & set(sys.modules)))"
+def test_the_modules_load_numpy_only():
+    code = "import sys, edgenb.telemetry, edgenb.intake, edgenb.events; print(sorted({'pandas', 'pyarrow', 'scipy', 'torch', 'plotly'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
