@@ -17,7 +17,8 @@ from .core import EdgenbError, did_you_mean, digest, progress, room, within, wri
 from .data import Example, Unit, examples_of, save_examples
 from .events import DAY, alarms, choose_threshold, evaluate, split_assets
 from .pipeline import Pipeline, row_bytes
-from .telemetry import Channel, Rules, read_orders, read_telemetry, windows
+from .intake import read_orders, read_telemetry
+from .telemetry import Channel, Rules, windows
 
 # %% ../nbs/32_assets.ipynb #fb9f5bb3
 def days_ahead(times: np.ndarray,      # datetime64[s] (k,): ends of windows
