@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 from .core import EdgenbError, progress, within
 from .pipeline import Pipeline
-from .tune import class_weights, loss_of
+from .tune import loss_of
 
 # %% ../nbs/33_sensors.ipynb #8038060b
-WIDTHS = (48, 64, 96, 96)   # of the four convolutions
+WIDTHS = (24, 32, 48, 48)   # of the four convolutions
 
 class Layer(nn.Module):
     "A convolution over time with batch normalisation; stride 2 halves the steps."
@@ -29,20 +29,22 @@ class Layer(nn.Module):
     def forward(self, x): return F.relu(self.norm(self.conv(x)))
 
 class WindowNetwork(nn.Module):
-    "Windows (n, 2*channels, steps) to logits (n, classes) and the embedding (n, 192)."
-    def __init__(self, channels: int, steps: int, classes: int, widths: tuple = WIDTHS):
+    "Windows (n, 2*channels, steps) to logits (n, classes) and the embedding (n, 96)."
+    def __init__(self, channels: int, steps: int, classes: int, widths: tuple = WIDTHS, dropout: float = 0.4):
         super().__init__()
         self.config = {'channels': channels, 'steps': steps, 'classes': classes, 'widths': list(widths)}
         inputs = (2*channels, *widths[:-1])
         self.layers = nn.Sequential(*(Layer(i, o, k, s) for i, o, k, s in zip(inputs, widths, (5, 5, 5, 3), (2, 2, 2, 1))))
-        self.head = nn.Linear(2*widths[-1], classes)
+        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(2*widths[-1], classes)
 
     def features(self, x): return self.layers(x)
 
     def forward(self, x):
-        z = self.features(x)
+        return self.decide(self.features(x))
+
+    def decide(self, z):
         embedding = torch.cat([z.mean(-1), z[..., -1]], -1)
-        return self.head(embedding), embedding
+        return self.head(self.dropout(embedding)), embedding
 
 # %% ../nbs/33_sensors.ipynb #59a32e59
 def inputs_of(x: np.ndarray,      # float (n, channels, steps), NaN where nothing was measured
@@ -50,7 +52,7 @@ def inputs_of(x: np.ndarray,      # float (n, channels, steps), NaN where nothin
              ):
     "Many windows as the pipeline's `window` step gives them one by one: a float32 tensor (n, 2*channels, steps)."
     there = np.isfinite(x)
-    return torch.from_numpy(np.concatenate([np.clip(np.where(there, x, 0), -limit, limit), there], 1).astype(np.float32))
+    return torch.from_numpy(np.concatenate([np.clip(np.arcsinh(np.where(there, x, 0)), -limit, limit), there], 1).astype(np.float32))
 
 def adapted(net: WindowNetwork, lora_r: int = 8, lora_alpha: int = 16):
     "A copy in which only low-rank updates of the convolutions, and the last layer, can be trained."
@@ -61,6 +63,12 @@ def adapted(net: WindowNetwork, lora_r: int = 8, lora_alpha: int = 16):
 def merged(net) -> WindowNetwork:
     "Low-rank updates merged into the weights; any other network as it is."
     return net.merge_and_unload().eval() if hasattr(net, 'merge_and_unload') else net.eval()
+
+def _varied(x, channels, rng, amount=0.05):
+    "Inputs as another sensor of another asset might have given them: gain, offset and noise a little off, now and then a channel missing."
+    n, noise = len(x), torch.from_numpy(rng.standard_normal((3, len(x), channels, x.shape[-1]), np.float32))
+    values, there = x[:, :channels], x[:, channels:]*torch.from_numpy(rng.random((n, channels, 1)) > amount)
+    return torch.cat([(values*(1 + amount*noise[0, ..., :1]) + amount*noise[1, ..., :1] + amount*noise[2])*there, there], 1)
 
 def _hidden(x, channels, rng):
     "Inputs with a span of steps of some channels hidden, and where."
@@ -73,7 +81,7 @@ def _hidden(x, channels, rng):
 
 def train(net, x, y, held, y_held,        # float32 tensors (n, 2*channels, steps), int arrays (n,): classes
           epochs: int = 10, batch_size: int = 128, learning_rate: float = 2e-3, weight_decay: float = 0.02,
-          filling: float = 0.3,           # weight of the second task
+          filling: float = 0.2,           # weight of the second task
           patience: int = 4, seed: int = 0) -> tuple:   # (WindowNetwork in eval mode, history)
     "Train, keep the best epoch on the held-out windows, merge low-rank updates."
     torch.manual_seed(seed)
@@ -83,21 +91,22 @@ def train(net, x, y, held, y_held,        # float32 tensors (n, 2*channels, step
     trained = [p for p in net.parameters() if p.requires_grad] + [*fill.parameters()]
     optimizer, steps = torch.optim.AdamW(trained, learning_rate, weight_decay=weight_decay), max(1, len(x)//batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs*steps)
-    one_hot, weights, history, best = torch.eye(classes), class_weights(list(y), list(range(classes)), True).clamp(max=20), [], None
+    one_hot, even, history, best = torch.eye(classes), torch.ones(classes), [], None
     with progress(total=epochs*steps, desc='training', unit='step') as bar:
         for epoch in range(epochs):
             net.train()
             losses = []
             for rows in np.array_split(rng.permutation(len(x)), steps):
-                shown, gone = _hidden(x[rows], channels, rng)
+                seen = _varied(x[rows], channels, rng)
+                shown, gone = _hidden(seen, channels, rng)
                 z = inner.features(shown)
-                logits = inner.head(torch.cat([z.mean(-1), z[..., -1]], -1))
+                logits, _ = inner.decide(z)
                 guess = fill(z).unflatten(1, (channels, 8)).flatten(2)[..., :x.shape[-1]]
-                loss = loss_of(logits, one_hot[y[rows]], weights) + filling*((guess - x[rows, :channels]).square()*gone).sum()/gone.sum().clamp(min=1)
+                loss = loss_of(logits, one_hot[y[rows]], even) + filling*((guess - seen[:, :channels]).square()*gone).sum()/gone.sum().clamp(min=1)
                 optimizer.zero_grad(set_to_none=True); loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained, 5.0)
                 optimizer.step(); schedule.step(); losses.append(loss.item()); bar.update()
-            history.append({'epoch': epoch + 1, 'train_loss': float(np.mean(losses)), 'validation_loss': loss_of(logits_of(net, held), one_hot[y_held], weights).item()})
+            history.append({'epoch': epoch + 1, 'train_loss': float(np.mean(losses)), 'validation_loss': loss_of(logits_of(net, held), one_hot[y_held], even).item()})
             bar.set_postfix(epoch=epoch + 1, validation=f"{history[-1]['validation_loss']:.3f}")
             if best is None or history[-1]['validation_loss'] <= min(h['validation_loss'] for h in history): best = copy.deepcopy(net.state_dict())
             elif epoch + 1 - min(history, key=lambda h: h['validation_loss'])['epoch'] >= patience: break
