@@ -152,6 +152,8 @@ class Detector:
         "A detector for streams like `reference`; refuses a promise that the reference cannot support."
         references = _references(reference)
         within('Detector', 2, None, window=window); within('Detector', 1, None, devices=devices, windows_per_month=windows_per_month); within('Detector', 2, None, features=features)
+        if int(window) != window: raise EdgenbError(f'Detector: window = {window} must be a whole number of rows')
+        if bandwidth is not None and not 0 < bandwidth < np.inf: raise EdgenbError(f'Detector: bandwidth = {bandwidth} must be above 0')
         if mode not in MODES: raise EdgenbError(f'Detector: there is no mode {mode}.{did_you_mean(str(mode), MODES)}')
         scales = tuple(int(k) for k in scales)
         if not scales or scales[0] != 1 or list(scales) != sorted(set(scales)): raise EdgenbError(f'Detector: scales = {scales} must be whole numbers that start at 1 and grow')
