@@ -191,7 +191,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'edgenb.drift.fourier': ('drift.html#fourier', 'edgenb/drift.py'),
                               'edgenb.drift.merged': ('drift.html#merged', 'edgenb/drift.py'),
                               'edgenb.drift.null_distances': ('drift.html#null_distances', 'edgenb/drift.py'),
-                              'edgenb.drift.spread_error': ('drift.html#spread_error', 'edgenb/drift.py'),
+                              'edgenb.drift.reference_errors': ('drift.html#reference_errors', 'edgenb/drift.py'),
                               'edgenb.drift.threshold': ('drift.html#threshold', 'edgenb/drift.py')},
             'edgenb.ladder': { 'edgenb.ladder._blame': ('ladder.html#_blame', 'edgenb/ladder.py'),
                                'edgenb.ladder._figures': ('ladder.html#_figures', 'edgenb/ladder.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNIT', 'FORMAT', 'MODES', 'BETS', 'HELD_OUT', 'ENOUGH', 'DRAWN', 'MOST', 'MAGIC', 'ARRAYS', 'fourier', 'distance',
-           'divisions', 'merged', 'null_distances', 'spread_error', 'threshold', 'Alarm', 'Seen', 'Regime', 'Detector',
-           'bet']
+           'divisions', 'merged', 'null_distances', 'reference_errors', 'threshold', 'Alarm', 'Seen', 'Regime',
+           'Detector', 'bet']
 
 # %% ../nbs/24_drift.ipynb #6022d673
 import hashlib, json
@@ -35,14 +35,17 @@ def distance(total: np.ndarray,   # sums of features (..., features)
 def divisions(g: np.ndarray,   # rows (n, features)
               window: int,
               draws: int,      # windows to draw in all
-              rng):            # yields sums (n//window, features)
+              rng):            # yields sums (8, n//window, features): eight divisions at a time
     "Random divisions of rows into windows."
     count, piece = len(g)//window, window//max(p for p in range(1, 9) if window % p == 0)
-    for i in range(-(-draws//count)):
-        if i % 8 == 0: pieces = g[rng.permutation(len(g))[:count*window]].reshape(-1, piece, g.shape[1]).sum(1)    # summed once, then put together anew eight times
-        yield pieces[rng.permutation(len(pieces))].reshape(count, -1, g.shape[1]).sum(1)
+    for _ in range(-(-draws//(8*count))):
+        pieces = g[rng.permutation(len(g))[:count*window]].reshape(-1, piece, g.shape[1]).sum(1)    # summed once, put together in eight ways
+        yield pieces[rng.permuted(np.tile(np.arange(len(pieces)), (8, 1)), axis=1)].reshape(8, count, -1, g.shape[1]).sum(2)
 
-def merged(sums, k): return sums[:len(sums)//k*k].reshape(-1, k, sums.shape[1]).sum(1)
+def merged(sums, k):
+    "Each `k` windows as one."
+    count = sums.shape[-2]//k
+    return sums[..., :count*k, :].reshape(*sums.shape[:-2], count, k, sums.shape[-1]).sum(-2)
 
 def null_distances(g: np.ndarray,   # features of the reference less their mean, (n, features), float32
                    window: int, scales: tuple, draws: int, rng
@@ -50,27 +53,29 @@ def null_distances(g: np.ndarray,   # features of the reference less their mean,
     "Distances of windows without drift from the rest of the reference."
     n, found, far = len(g), [[] for _ in scales], [[] for _ in scales]
     for sums in divisions(g, window, draws, rng):
-        half = len(sums)//2
+        half = sums.shape[1]//2
+        rest = sums[:, half:].sum(1, keepdims=True)/((sums.shape[1] - half)*window)
         for i, k in enumerate(scales):
             rows = k*window
             if 4*rows <= 3*n: off = merged(sums, k)*np.float32(1/rows + 1/(n - rows))
-            else: off = sums[rng.integers(half, size=(max(1, len(sums)//k), k))].sum(1)/rows - sums[half:].sum(0)/((len(sums) - half)*window)
-            found[i].append(((off**2).sum(1))/(g.shape[1]/2))
+            else: off = merged(sums[:, rng.integers(half, size=max(k, sums.shape[1]//k*k))], k)/np.float32(rows) - rest
+            off = off.reshape(-1, g.shape[1])
+            found[i].append((off**2).sum(1)/(g.shape[1]/2))
             far[i].append(off[found[i][-1].argmax()])
     return [(np.concatenate(d), np.array(f)) for d, f in zip(found, far)]
 
 # %% ../nbs/24_drift.ipynb #e56974cf
-def spread_error(g: np.ndarray,     # features of the reference less their mean, (n, features)
-                 far: np.ndarray    # sums or means of windows far out, less what they should be, (windows, features)
-                ) -> float:
-    "Relative standard error, from n rows, of the spread of `g` along the directions in which `far` lies."
+def reference_errors(g: np.ndarray,     # features of the reference less their mean, (n, features)
+                     far: np.ndarray    # differences of means (windows, features) of windows far out
+                    ) -> tuple:         # relative standard errors of their distance: by the spread of the reference, by its mean
+    "What n rows leave unknown of the spread, and of the mean, along the directions in which `far` lies."
     _, axes = np.linalg.eigh(g.T @ g)
-    along, energy = g @ axes, ((far @ axes)**2)
+    along, energy = g @ axes, (far @ axes)**2
     share = (energy/energy.sum(1, keepdims=True)).mean(0)
     variance = (along**2).mean(0)
     known = variance > 1e-9*variance.max()
     kurtosis = (along[:, known]**4).mean(0)/variance[known]**2
-    return float(np.sqrt((share[known]**2*(kurtosis - 1)).sum()/len(g)))
+    return float(np.sqrt((share[known]**2*(kurtosis - 1)).sum()/len(g))), float(2*np.sqrt((share*variance).sum()/len(g)/energy.sum(1).mean()))
 
 def threshold(distances: np.ndarray,   # of windows without drift
               level: float             # share of them that may lie above
@@ -98,7 +103,7 @@ class Alarm:
 class Seen:
     "What an update did."
     rows: int = 0                                  # taken
-    left_out: int = 0                              # not taken: NaN, infinite or too large to be a number
+    left_out: int = 0                              # not taken: NaN or infinite
     windows: int = 0                               # completed
     alarms: list = field(default_factory=list)
 
@@ -229,7 +234,7 @@ def _references(reference):
     return references
 
 HELD_OUT, ENOUGH = 0.25, 8        # share of the reference kept for the check; windows in what remains
-DRAWN, MOST = 100, 5_000_000       # windows beyond the threshold that calibration waits for; windows it draws at most
+DRAWN, MOST = 60, 4_000_000       # windows beyond the threshold that calibration waits for; windows it draws at most
 
 def _calibrated(d, which, phi, rng):
     "Thresholds for each scale from three quarters of the reference, and what they do on the last quarter."
@@ -245,31 +250,31 @@ def _calibrated(d, which, phi, rng):
     limits, found, worst = np.full(len(d.scales), np.inf), [], 0.0
     for i, (k, (distances, far)) in enumerate(zip(usable, null_distances(g, d.window, usable, int(np.ceil(DRAWN/level)), rng))):
         limit, slope = threshold(distances, min(k*level, 0.2))
-        error = spread_error(g, far)
-        worst = max(worst, slope*error)
-        limits[i] = limit*(1 + error)
-        found.append((k, k*level, slope*error))
+        spread, middle = reference_errors(g, far)
+        worst = max(worst, slope*spread)
+        limits[i] = limit*(1 + spread)
+        found.append((k, k*level, slope*spread, slope*middle))
     if worst > 1: refuse(f'a false-alarm rate of one in {d.windows_to_alarm:,.0f} windows cannot be promised, it would be known only within a factor of {np.exp(worst):.1f}', (len(held) + len(phi))*worst**2)
-    check = _checked(d, held, mean.astype(np.float64), limits, found, len(g), rng)
+    check = _checked(d, held, limits, found, len(g), rng)
     if check['low'] > check['promised']: raise EdgenbError(f"Detector: on {len(held):,} rows of the reference{which} that were held out it would ring {check['realised']:.2g} times a month "
                                                            f"(at least {check['low']:.2g}), not {check['promised']:.2g}: the reference is too small, or not of one kind; give more rows, or one reference per regime")
     return Regime(mean, limits, np.zeros(0), np.zeros(0, np.int64), np.zeros((len(d.scales), d.features), np.int64)), check
 
-def _checked(d, held, mean, limits, found, fitted, rng):
+def _checked(d, held, limits, found, fitted, rng):
     "False alarms a month on windows drawn from rows held out, beside the promise, for the scales that these rows suffice for."
-    scales = [(i, *f) for i, f in enumerate(found) if 2*f[0]*d.window <= len(held)]
+    scales = [(limits[i], *f) for i, f in enumerate(found) if 2*f[0]*d.window <= len(held)]
     over, drawn = np.zeros(len(scales)), np.zeros(len(scales))
-    for sums in divisions((held - mean).astype(np.float32), d.window, int(np.ceil(DRAWN/found[0][1])), rng):
-        for j, (i, k, *_) in enumerate(scales):
-            off = merged(sums, k)/np.float32(k*d.window)
-            over[j] += ((off**2).sum(1)/(d.features/2) > limits[i]).sum(); drawn[j] += len(off)
-    a_month = np.array([d.windows_per_month*d.devices/k for _, k, *_ in scales])
-    error = np.array([f[-1] for f in scales])*np.sqrt(fitted/len(held))
-    error = 1.96*np.sqrt(error**2 + 1/np.maximum(over, 1))
+    for sums in divisions((held - held.mean(0)).astype(np.float32), d.window, int(np.ceil(DRAWN/found[0][1])), rng):
+        for j, (limit, k, *_) in enumerate(scales):
+            rows = k*d.window    # windows of so few rows lie too near to the mean of these; as far as a stream's lie from that of the reference:
+            distances = (merged(sums, k)**2).sum(-1)/(d.features/2)/rows**2*((1/rows + 1/fitted)/(1/rows - 1/len(held)))
+            over[j] += (distances > limit).sum(); drawn[j] += distances.size
+    _, k, level, spread, middle = np.array(scales).T
+    a_month = d.windows_per_month*d.devices/k
+    error = 1.96*np.sqrt(spread**2*fitted/len(held) + np.minimum(middle, middle**2)**2/2 + 1/np.maximum(over, 1))
     rate = over/drawn*a_month
-    return {'promised': float(sum(f[2]*m for f, m in zip(scales, a_month))), 'realised': float(rate.sum()), 'low': float((rate*np.exp(-error)).sum()),
-            'high': float((np.maximum(rate, (over == 0)*3/drawn*a_month)*np.exp(np.where(over > 0, error, 0))).sum()),
-            'rows': len(held), 'scales_checked': [f[1] for f in scales], 'scales_used': [f[0] for f in found]}
+    return {'promised': float(level @ a_month), 'realised': float(rate.sum()), 'low': float(rate @ np.exp(-error)), 'high': float((np.maximum(over, 3)/drawn*a_month) @ np.exp(error)),
+            'rows': len(held), 'scales_checked': [int(v) for v in k], 'scales_used': [f[0] for f in found]}
 
 # %% ../nbs/24_drift.ipynb #b3636a1d
 def _guaranteed(d, which, phi, rng):

@@ -36,8 +36,8 @@ TILE = 1024   # rows and columns of the kernel matrix that exist at one time
 
 def _group_sums(z, bits, columns):
     "Of the Gaussian kernel matrix K of `z` (bandwidth 1), less a constant and without diagonal: a'Ka and a'K1 for each 0/1 column a of `bits` (packed), and 1'K1."
-    half = ((z.astype(np.float64)**2).sum(1)/2).astype(z.dtype)
     tiles = [slice(i, i + TILE) for i in range(0, len(z), TILE)]
+    half = np.concatenate([(z[t].astype(np.float64)**2).sum(1)/2 for t in tiles]).astype(z.dtype)
     chunks = [slice(i, i + TILE//8) for i in range(0, bits.shape[1], TILE//8)]     # of eight columns
     def groups(rows, chunk): return np.unpackbits(bits[rows, chunk], axis=1).astype(z.dtype)
     within, sums, constant = np.zeros(bits.shape[1]*8), np.zeros(len(z)), None
