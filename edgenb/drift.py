@@ -233,7 +233,7 @@ def _references(reference):
         if np.ptp(x, 0).max() == 0: raise EdgenbError(f'{what} holds {len(x)} times the same row: there is nothing to compare a stream with')
     return references
 
-HELD_OUT, ENOUGH = 0.25, 8        # share of the reference kept for the check; windows in what remains
+HELD_OUT, ENOUGH = 0.25, 6        # share of the reference kept for the check; windows in what remains
 DRAWN, MOST = 60, 4_000_000       # windows beyond the threshold that calibration waits for; windows it draws at most
 
 def _calibrated(d, which, phi, rng):

@@ -136,8 +136,8 @@ def test_choices_that_make_no_sense_are_refused(given, words): refused(lambda: s
 
 
 def test_a_reference_that_cannot_support_the_promise_is_refused_and_the_size_that_can_is_said():
-    refused(lambda: Detector.fit(things(200)), 'a reference of about 534 rows')
-    Detector.fit(things(540), windows_per_month=100, false_alarms_per_month=5)
+    refused(lambda: Detector.fit(things(200)), 'a reference of about 401 rows')
+    Detector.fit(things(410), windows_per_month=100, false_alarms_per_month=5)
     lonely = np.concatenate([np.random.default_rng(0).normal(size=(995, 6))*0.01, np.full((5, 6), 30.0)])     # the tail hangs on five rows
     refused(lambda: Detector.fit(lonely, bandwidth=1.0, windows_per_month=720, false_alarms_per_month=0.1), 'rows would do')
 
