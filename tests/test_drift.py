@@ -178,13 +178,13 @@ def rings(d, reference_seed, windows=3000, **change):
 
 
 def test_false_alarms_stay_within_the_promise():
-    found = [rings(Detector.fit(things(800, s), window=20, windows_per_month=300, false_alarms_per_month=6, features=64, seed=s), s) for s in range(10)]
-    assert 10 < np.sum(found) < 1.15*10*3000/300*6      # promised: 600 in all; not silent either
+    found = [rings(Detector.fit(things(800, s), window=20, windows_per_month=300, false_alarms_per_month=6, features=64, seed=s), s, windows=1500) for s in range(8)]
+    assert 40 < np.sum(found) < 240      # promised: 240 in all; not silent either
 
 
 def test_the_guaranteed_mode_keeps_its_promise_with_hardly_any_reference():
-    found = [rings(Detector.fit(things(100, s), window=20, windows_per_month=300, false_alarms_per_month=6, features=64, mode='guaranteed', seed=s), s, windows=1000) for s in range(10)]
-    assert np.sum(found) < 1.15*10*1000/300*6
+    found = [rings(Detector.fit(things(100, s), window=20, windows_per_month=300, false_alarms_per_month=6, features=64, mode='guaranteed', seed=s), s, windows=1000) for s in range(5)]
+    assert np.sum(found) < 100      # promised: 100
 
 
 def test_what_many_windows_see_together_is_found_and_one_alone_does_not_see_it():
@@ -299,3 +299,27 @@ def test_an_estimate_is_not_trusted_where_labelled_rows_never_were():
     (lambda: group_shift(things(20), things(20), ['a']*19, ['a']*20), '19 and 20 groups'), (lambda: estimate_accuracy([0.5], np.full(50, 0.5), np.ones(50)), 'at least 100 labelled'),
     (lambda: estimate_accuracy([1.5], np.full(200, 0.5), np.ones(200)), 'between 0 and 1'), (lambda: estimate_accuracy([0.5], np.full(200, 0.5), np.ones(100)), '200 confidences')], ids=range(8))
 def test_tables_that_do_not_fit_are_refused(call, words): refused(call, words)
+
+
+# In a bundle ---------------------------------------------------------------------------------------------------------
+
+def test_the_detector_travels_in_the_bundle_and_a_changed_one_is_refused(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+    from edgenb.core import Card, write_json
+    from edgenb.pipeline import image_pipeline
+    from edgenb.ship import drift_detector, load_bundle, pack
+    embeddings = things(300, 1)
+    detector, promise = drift_detector(embeddings, 2.0, 30_000, 1.0)
+    assert promise['rows'] == 75 and drift_detector(embeddings[:60], 2.0, 30_000, 1.0)[1]['refused'].startswith('Detector: ')
+    image_pipeline(['bad', 'good'], 8, 'L', [0.5], [0.2], negative=1).save(tmp_path/'pipeline.json')
+    (tmp_path/'model.onnx').write_bytes(b'weights')
+    write_json(tmp_path/'parity.json', {})
+    card = Card(room='data', key='', asked={}, read={}, wrote={}, result={}, data='synthetic', started='', seconds=0.0, environment={}, edgenb='')
+    row = {'artifact': 'a', 'runtime': 'onnxruntime', 'precision': 'fp32', 'device': 'local', 'verdict': 'pass', 'reason': ''}
+    def packed(name, *detector): pack(tmp_path/name, 'm', row, tmp_path/'model.onnx', tmp_path/'pipeline.json', tmp_path/'parity.json', Sketch.fit(embeddings), [card], [], *detector)
+    packed('with', detector); packed('without')
+    monkeypatch.setattr('edgenb.ship.ready', lambda name: SimpleNamespace(load=lambda *a: None))
+    assert load_bundle(tmp_path/'with').detector.to_bytes() == detector.to_bytes() and load_bundle(tmp_path/'without').detector is None
+    saved = tmp_path/'with'/'drift.detector'
+    saved.write_bytes(saved.read_bytes()[:-1] + b'x')
+    refused(lambda: load_bundle(tmp_path/'with'), 'drift.detector')
