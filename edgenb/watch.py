@@ -35,22 +35,25 @@ def median_bandwidth(x: np.ndarray,   # (n, d)
 TILE = 1024   # rows and columns of the kernel matrix that exist at one time
 
 def _group_sums(z, bits, columns):
-    "Of the Gaussian kernel matrix K of `z` (bandwidth 1), less a constant and without diagonal: a'Ka and a'K1 for each 0/1 column a of `bits` (packed), and 1'K1."
+    "Of the Gaussian kernel matrix K of `z` (bandwidth 1), less u_i + u_j and without diagonal: a'Ka and a'K1 for each 0/1 column a of `bits` (packed), and 1'K1."
     tiles = [slice(i, i + TILE) for i in range(0, len(z), TILE)]
     half = np.concatenate([(z[t].astype(np.float64)**2).sum(1)/2 for t in tiles]).astype(z.dtype)
     chunks = [slice(i, i + TILE//8) for i in range(0, bits.shape[1], TILE//8)]     # of eight columns
     def groups(rows, chunk): return np.unpackbits(bits[rows, chunk], axis=1).astype(z.dtype)
-    within, sums, constant = np.zeros(bits.shape[1]*8), np.zeros(len(z)), None
+    def kernel(at, to):
+        k = z[at] @ z[to].T
+        k -= half[at, None]; k -= half[to]
+        return np.exp(np.minimum(k, 0, out=k), out=k)
+    usual = np.concatenate([kernel(t, slice(None, None, len(z)//64 + 1)).mean(1) for t in tiles])    # of a row with others, about
+    usual -= usual.mean()/2
+    within, sums = np.zeros(bits.shape[1]*8), np.zeros(len(z))
     for i, at in enumerate(tiles):
         for to in tiles[i:]:
-            k = z[at] @ z[to].T
-            k -= half[at, None]; k -= half[to]
-            np.exp(np.minimum(k, 0, out=k), out=k)
-            if constant is None: constant = k.mean()
-            k -= constant
+            k = kernel(at, to)
+            k -= usual[at, None]; k -= usual[to]
             if at is to: np.fill_diagonal(k, 0)
-            else: sums[to] += k.sum(0)
-            sums[at] += k.sum(1)
+            else: sums[to] += k.sum(0, dtype=np.float64)
+            sums[at] += k.sum(1, dtype=np.float64)
             for c in chunks:
                 within[c.start*8:c.stop*8] += (1 if at is to else 2)*(groups(at, c)*(k @ groups(to, c))).sum(0, dtype=np.float64)
     across = np.concatenate([sum(sums[at] @ groups(at, c) for at in tiles) for c in chunks])
