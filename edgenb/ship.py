@@ -16,7 +16,7 @@ from .runtime import LIBRARIES, ready, runtime
 from .drift import Detector
 from .core import EdgenbError, digest, digest_of, json_text, room, within, write_json
 from .pipeline import Pipeline
-from .watch import Sketch
+from .watch import Sketch, reference_of
 
 # %% ../nbs/06_ship.ipynb #0a480c50
 FORMAT = 1                                     # of a bundle
@@ -134,7 +134,6 @@ def ship(run,
          false_alarms_per_month: float = 1.0    # of drift, promised for one device
         ):
     "Pack what passed. Leaves the folder bundle/."
-    from edgenb.data import examples_of
     within('ship', WINDOW, None, images_per_month=images_per_month); within('ship', 1e-9, images_per_month/WINDOW/10, false_alarms_per_month=false_alarms_per_month)
     report = run.card('verify').result
     row = shippable(report['rows'], artifact or report['chosen'], accept)
@@ -142,7 +141,7 @@ def ship(run,
     model, pipeline = run.file('compile', built['file']), run.file('tune', 'pipeline.json')
     steps, engine = Pipeline.load(pipeline), runtime(row['runtime'])
     load = _squeezed_network(run) if engine.missing() else engine.load(model)   # what cannot run here is watched by what it was made of
-    held = examples_of(run, 'validation')
+    held = reference_of(run, steps)
     embeddings = np.concatenate([load(steps.before(e.read())[None])['embedding'] for e in held])
     sketch = Sketch.fit(embeddings)
     detector, drift = drift_detector(embeddings, sketch.bandwidth, images_per_month, false_alarms_per_month)
