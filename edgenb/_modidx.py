@@ -412,6 +412,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'edgenb.pipeline.decide': ('pipeline.html#decide', 'edgenb/pipeline.py'),
                                  'edgenb.pipeline.decode': ('pipeline.html#decode', 'edgenb/pipeline.py'),
                                  'edgenb.pipeline.image_pipeline': ('pipeline.html#image_pipeline', 'edgenb/pipeline.py'),
+                                 'edgenb.pipeline.input_bytes': ('pipeline.html#input_bytes', 'edgenb/pipeline.py'),
                                  'edgenb.pipeline.resize': ('pipeline.html#resize', 'edgenb/pipeline.py'),
                                  'edgenb.pipeline.row_bytes': ('pipeline.html#row_bytes', 'edgenb/pipeline.py'),
                                  'edgenb.pipeline.softmax': ('pipeline.html#softmax', 'edgenb/pipeline.py'),

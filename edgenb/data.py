@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 from .core import EdgenbError, did_you_mean, digest, progress, room, within, write_atomic
-from .pipeline import decode, row_bytes
+from .pipeline import decode, input_bytes
 from .weights import fetch, weights_digest
 
 # %% ../nbs/01_data.ipynb #4649817e
@@ -33,7 +33,7 @@ class Example:
 
     def read(self) -> bytes:
         "The image file, or the row of an array as an .npy file; refused if it is not the one that was frozen."
-        try: content = row_bytes(self.path) if '.npy#' in self.path else Path(self.path).read_bytes()
+        try: content = input_bytes(self.path)
         except (OSError, ValueError): raise EdgenbError(f'{self.path} is gone: restore it, or enter data again without it') from None
         if self.sha256 and hashlib.sha256(content).hexdigest() != self.sha256:
             raise EdgenbError(f'{self.path} has changed since it was frozen: restore it, or enter data again')

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import edgenb
 from .core import EdgenbError, did_you_mean, within
-from .pipeline import Pipeline
+from .pipeline import Pipeline, input_bytes
 from .runtime import ready
 
 # %% ../nbs/16_measure.ipynb #5722308c
@@ -165,7 +165,7 @@ class Subject:
 
     def raw(self, n):
         "What a decision starts from: a file's bytes, or one example's arrays."
-        return Path(self.inputs[n]).read_bytes() if self.pipeline else {k: np.ascontiguousarray(v[n:n + 1]) for k, v in self.inputs.items()}
+        return input_bytes(self.inputs[n]) if self.pipeline else {k: np.ascontiguousarray(v[n:n + 1]) for k, v in self.inputs.items()}
 
     def before(self, raw):
         "The model's input, batch 1."

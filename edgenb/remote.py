@@ -81,7 +81,7 @@ def serve():
     os.dup2(2, 1)
     request = json.loads(sys.stdin.buffer.readline())
     folder = Path(tempfile.mkdtemp(prefix='edgenb-'))
-    signal.signal(signal.SIGHUP, signal.default_int_handler); signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for s in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.default_int_handler)   # whoever started it may have ignored the last
     try:
         if request['protocol'] != PROTOCOL: raise EdgenbError(f"edgenb {edgenb.__version__} is installed there, {request['edgenb']} here: install the same")
         with tempfile.TemporaryFile() as packed:

@@ -219,7 +219,7 @@ def test_candidates_that_fail_leave_a_row_and_the_others_go_on(actor, tmp_path, 
 def test_no_process_outlives_the_harness(ending, actor, tmp_path):
     log = tmp_path/'log'
     candidates = [{k: str(v) if v else v for k, v in actor(n, log=str(log), **do).items()} for n, do in (('waiting', {}), ('hanging', dict(then='hang', at=2)))]
-    harness = subprocess.Popen([sys.executable, '-c', f'from edgenb.measure import measure_all; measure_all({candidates!r}, warm_up=0)'], stderr=subprocess.DEVNULL)
+    harness = subprocess.Popen([sys.executable, '-c', f'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)   # a job in the background ignores it\nfrom edgenb.measure import measure_all; measure_all({candidates!r}, warm_up=0)'], stderr=subprocess.DEVNULL)
     try: assert until(lambda: log.exists() and any(e['event'] == 'hang' for e in events(log)))
     finally: harness.send_signal(ending)
     harness.wait(60)
