@@ -131,7 +131,7 @@ class Watcher:
         self.stream = Stream(CHANNELS, steps, int(every_hours//grid_hours), Rules(grid_s=int(grid_hours*3600), clip=1000.0, memory_days=memory_days))
         self.desk = Alerts({f: action for f, (_, action) in ACTIONS.items()})
 
-    def push(self, time, values) -> list:   # of alerts that ring
+    def push(self, time, values) -> list:   # of (Alert, text) that ring
         "Take one reading."
         rang = []
         for w in self.stream.push(time, values):
@@ -140,7 +140,7 @@ class Watcher:
             score, family = float(found['score'][0]), self.bundle.pipeline.classes[int(found['probabilities'][0][1:].argmax()) + 1]
             self.scores.append((w.time, score, family))
             rang += self._judge(w, x, score, family)
-        self.sent += sum(len(a.to_json().encode()) for a in rang)
+        self.sent += sum(len(a.to_json()) for a, _ in rang)
         return rang
 
     def _judge(self, w, x, score, family):
@@ -151,5 +151,5 @@ class Watcher:
         if score < threshold: return []
         found = causes(self.bundle.model, self.bundle.pipeline, x)
         last = {c.name: float(v) for c, v in zip(CHANNELS, w.raw[:, -1])}
-        a = self.desk.report(w.time, self.asset, family, ACTIONS[family][0], score, {'text': alert_text(family, score, found, last)})
-        return [a] if a else []
+        a = self.desk.report(w.time, self.asset, family, ACTIONS[family][0], score, dict(found))
+        return [(a, alert_text(family, score, found, last))] if a else []
