@@ -176,7 +176,8 @@ def read_telemetry(path: str | Path,          # a CSV or Parquet file, or a fold
     for c in never: report.note('missing channel', channel=plan.names[c])
     cleaned, histories = clean([(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])) for parts in assets.values()], plan), []
     for (asset, parts), (steps, values, codes, outside, found) in zip(assets.items(), cleaned):
-        codes[:, never] = np.where(codes[:, never] == MISSING, OK, codes[:, never])   # said once for the fleet
+        for c in np.nonzero(~np.isfinite(values).any(0))[0]:
+            if c not in never: report.note('not measured', asset, plan.names[c])
         _note_codes(asset, steps, codes, outside, found, plan, report)
         equipment, site = (next((p[k] for p in parts if p[k]), '') for k in (2, 3))
         histories.append(History(asset, equipment, site, (steps*rules.grid_s).astype('datetime64[s]'), values))

@@ -69,6 +69,7 @@ OK, MISSING, GAP, OUTSIDE, STUCK, SUSPECT, CONVERTED, UNCLEAR = range(8)
 CODES = ('', 'missing', 'gap', 'out of range', 'stuck', 'unit suspected', 'unit converted', 'unit unclear')
 
 DONE = {'missing': 'no reading of this channel while others reported: NaN, held for {hold} step(s) in windows',
+        'not measured': 'no reading of this channel of this asset: NaN throughout',
         'gap': 'nothing was received: NaN, held for {hold} step(s) in windows',
         'out of range': 'readings outside the plausible range of the channel: left out',
         'stuck': 'unchanged for longer than the channel plausibly is: NaN from then until it changes',
@@ -179,7 +180,7 @@ def clean_step(s: dict,            # state, arrays (..., C), changed in place
     stuck = good & (s['run'] > plan.stuck)
     s['age'] = np.where(good, 0, np.minimum(s['age'] + 1, plan.forget + 1)).astype(np.int32)
     s['value'] = np.where(good, x, np.where(s['age'] > plan.forget, np.nan, s['value']))
-    code = np.where(read, np.where(good, np.where(stuck, STUCK, np.where(s['unit'] > 0, CONVERTED, OK)), OUTSIDE), np.where(read.any(-1, keepdims=True), MISSING, GAP))
+    code = np.where(read, np.where(good, np.where(stuck, STUCK, np.where(s['unit'] > 0, CONVERTED, OK)), OUTSIDE), np.where(read.any(-1, keepdims=True), np.where(np.isfinite(s['anchor']), MISSING, OK), GAP))   # what was never measured is not missing
     code = np.where(suspect, SUSPECT, np.where(unclear, UNCLEAR, code)).astype(np.uint8)
     outside = np.where(suspect | unclear, 0, seen - _pick(count, s['unit']))
     return np.where(stuck, np.nan, x).astype(np.float32), code, outside
