@@ -79,10 +79,10 @@ def _windows_of(histories, listed, rules, window, every, taken):
             rows = taken(h, w.time)
             yield h, w.time[rows], np.where(w.mask[rows], w.values[rows], np.nan).astype(np.float16), last(w.raw[rows][:, :, -every:])
 
-def _certificate(counts, negative, min_per_class, failures, report, steps):
+def _certificate(counts, classes, min_per_class, failures, report, steps):
     "The gates of telemetry: enough failures of each class, enough of them to judge by, readings whose units are known."
     gate = lambda name, passed, value, limit, why: {'gate': name, 'passed': bool(passed), 'value': value, 'limit': limit, 'why': why}
-    small = min((c for c in counts if c != negative), key=lambda c: (counts[c], c))
+    small = min(classes[1:], key=lambda c: (counts[c], c))
     unclear = sum(f['count'] for f in report.findings if f['what'] == 'unit unclear')
     gates = [gate('class floor', counts[small] >= min_per_class, counts[small], min_per_class, f'{small} has {counts[small]} training windows, {min_per_class} are needed'),
              gate('failures to judge by', failures['test'] >= 20, failures['test'], 20, f"{failures['test']} failures of test assets can be judged, 20 are needed to say anything"),
@@ -131,12 +131,12 @@ def data(run,
                          until=begin + (end - begin)*since, pause_days=ahead_days[1] + window*grid_hours/24, seed=seed)
     home = {a: s for s in ('train', 'validation', 'test') for a in getattr(split, s)}
     every, rng = int(every_hours//grid_hours), np.random.default_rng(seed)
-    classes = [negative, *sorted({families[o.mode] for f in failures.values() for o in f})]
+    classes = [negative, *sorted(set(families.values()))]
     about = lambda h: (np.array([o.time for o in failures[h.asset]], 'datetime64[s]'), [families[o.mode] for o in failures[h.asset]])
     def taken(h, times):
         if home[h.asset] == 'test': return np.nonzero(times.astype(np.int64) - window*grid_hours*3600 >= split.since)[0]
         return np.arange(len(times))
-    parts, streams, units, examples, left = {s: ([], []) for s in ('train', 'validation', 'field', 'test')}, {}, [], [], Counter()
+    parts, streams, units, examples, left = {s: ([], []) for s in ('train', 'validation', 'usual', 'field', 'later', 'test')}, {}, [], [], Counter()
     for h, times, x, raw in _windows_of(histories, listed, rules, window, every, taken):
         part, (when, names) = home[h.asset], about(h)
         label, seconds = classes_of(times, when, names, ahead_days, repair_days, negative), times.astype(np.int64)
@@ -145,17 +145,19 @@ def data(run,
                 examples.append(Example(f'{h.asset} {times[i]}', f'{part}.npy#{left[part]}', label[i] or negative, h.equipment, kind=kind, split=part))
                 left[part] += 1
             for kept, rows_of in zip(parts[part], (x, raw)): kept.append(rows_of[rows])
-        def some(there):
-            "All windows of the weeks before a failure, and a few of the others."
-            calm = there & (label == negative) & (days_ahead(times, when)[0] > quiet_days)
-            return np.sort(np.r_[np.nonzero(there & (label != '') & ~calm)[0], rng.permutation(np.nonzero(calm)[0])[:quiet_windows]])
+        calm = (label == negative) & (days_ahead(times, when)[0] > quiet_days)
+        def few(there): return np.sort(rng.permutation(np.nonzero(there & calm)[0])[:quiet_windows])
+        def some(there): return np.sort(np.r_[np.nonzero(there & (label != '') & ~calm)[0], few(there)])   # all windows of the weeks before a failure, and a few of the others
         if part == 'test':
             units += units_of_asset(h.asset, h.equipment, times, when, names, ahead_days, quiet_days, repair_days, negative, left['test'])
             add('test', np.arange(len(times)))
         elif part == 'validation':
             streams[h.asset] = {'times': seconds, 'windows': x, 'raw': raw}
             add('validation', some(seconds > 0))
-        else: add('train', some(seconds <= split.until)); add('field', some(seconds - window*grid_hours*3600 >= split.since))   # what the same assets met afterwards
+        else:
+            before, after = seconds <= split.until, seconds - window*grid_hours*3600 >= split.since
+            add('train', some(before)); add('field', some(after))   # what the same assets met afterwards
+            add('usual', few(before)); add('later', few(after))     # for `watch`: nothing but quiet windows
     for more in extra: _add_training(more, parts['train'], examples, left, classes)
     for part, (xs, raws) in parts.items(): np.save(run.new(f'{part}.npy'), np.concatenate(xs)); np.save(run.new(f'{part}_raw.npy'), np.concatenate(raws))
     examples = [replace(e, sha256=hashlib.sha256(row_bytes(str(run.out/e.path))).hexdigest()) for e in progress(examples, desc='freezing windows', unit='window')]
@@ -165,7 +167,7 @@ def data(run,
     write_atomic(run.new('report.json'), report.to_json())
     judged = Counter(u.label != negative for u in units)
     steps = sum(h.values.size for h in histories)
-    certificate = _certificate(Counter(e.label for e in examples if e.split == 'train'), negative, min_per_class, {'test': judged[True]}, report, steps)
+    certificate = _certificate(Counter(e.label for e in examples if e.split == 'train'), classes, min_per_class, {'test': judged[True]}, report, steps)
     write_json(run.new('assets.json'), {h.asset: {'equipment': h.equipment, 'site': h.site, 'part': home[h.asset], 'observed': [int(t) for t in h.time[[0, -1]].astype(np.int64)],
                                                   'orders': [{'time': int(o.time.astype(np.int64)), 'kind': o.kind, 'mode': o.mode, 'class': families.get(o.mode, '')} for o in by_asset.get(h.asset, ())]} for h in histories})
     return {'data': kind, 'classes': classes, 'negative': negative, 'channels': [c.name for c in listed], 'window': window, 'grid_hours': grid_hours, 'every_hours': every_hours, 'ahead_days': ahead_days,

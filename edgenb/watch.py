@@ -190,10 +190,9 @@ def noisy(window: np.ndarray) -> np.ndarray:
 WINDOW_SHIFTS = {'offset': offset, 'silenced': silenced, 'noisy': noisy}   # of windows of sensor data
 
 def reference_of(run, pipeline) -> list:
-    "The validation examples that say what is usual: of sensor data only those without a failure ahead, since most windows before failures were kept and few of the others."
+    "The examples that say what is usual: of images those for validation, of sensor data quiet windows of the assets that were learnt from."
     from edgenb.data import examples_of
-    negative = pipeline.classes[pipeline.step('decide')['negative']]
-    return [e for e in examples_of(run, 'validation') if pipeline.input == 'image' or e.label == negative]
+    return examples_of(run, 'validation' if pipeline.input == 'image' else 'usual')
 
 @room(7, needs=('data', 'ship'), libraries=('numpy', 'pillow', 'onnxruntime'))
 def watch(run,
@@ -213,7 +212,7 @@ def watch(run,
     known_shifts, opened = (SHIFTS, lambda e: decode(e.read(), bundle.pipeline.step('decode')['mode'])) if images else (WINDOW_SHIFTS, lambda e: np.load(io.BytesIO(e.read()), allow_pickle=False).astype(np.float32))
     for s in shifts:
         if s not in known_shifts: raise EdgenbError(f'watch: there is no shift {s}.{did_you_mean(s, known_shifts)}')
-    tests, reference = examples_of(run, 'test'), reference_of(run, bundle.pipeline)
+    tests, reference = examples_of(run, 'test' if images else 'later'), reference_of(run, bundle.pipeline)   # a device watches the assets of its own site, later
     tests = [tests[i] for i in np.random.default_rng(seed).permutation(len(tests))]
     sets = {'held out': (tests[:window], None)} | {s: (tests[:window], known_shifts[s]) for s in shifts}
     for g in groups:
