@@ -428,6 +428,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'edgenb/recipes/substation.py'),
                                            'edgenb.recipes.substation._gas': ( 'recipes/substation.html#_gas',
                                                                                'edgenb/recipes/substation.py'),
+                                           'edgenb.recipes.substation._scaled': ( 'recipes/substation.html#_scaled',
+                                                                                  'edgenb/recipes/substation.py'),
                                            'edgenb.recipes.substation.alert_text': ( 'recipes/substation.html#alert_text',
                                                                                      'edgenb/recipes/substation.py'),
                                            'edgenb.recipes.substation.causes': ( 'recipes/substation.html#causes',
