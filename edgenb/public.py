@@ -137,14 +137,14 @@ def fitted(net,                    # torch module
     net.load_state_dict(best)
     return history
 
-def loaded(net, inputs, outputs: tuple,   # float32 tensor (n, ...) to calibrate with; names of what the network gives
+def loaded(net, inputs: np.ndarray, outputs: tuple,   # float32 (n, ...) to calibrate with; names of what the network gives
            runtimes: tuple, folder: Path) -> dict:   # name of an artifact -> function of an array (n, ...) to {output: array}
     "The network in torch, and with 8-bit weights and activations on each runtime."
     from edgenb.ladder import eager
     from edgenb.runtime import Network, ready
-    network = Network(net, {'window': inputs[:1].numpy()}, outputs)
+    network = Network(net, {'window': inputs[:1]}, outputs)
     found = {'torch, FP32': eager(network)}
-    calibration = [{'window': inputs[i:i + 1].numpy()} for i in np.linspace(0, len(inputs) - 1, min(200, len(inputs))).astype(int)]
+    calibration = [{'window': inputs[i:i + 1]} for i in np.linspace(0, len(inputs) - 1, min(200, len(inputs))).astype(int)]
     for name in runtimes:
         r = ready(name, build=True)
         found[f'{name}, INT8'] = r.load(r.build(network, 'int8', calibration, Path(folder)/f'{name}{r.suffix}'))
@@ -198,11 +198,12 @@ def cmapss(folder: Path,
     net = WindowNetwork(train[0].shape[1], steps, 1, widths)
     history = fitted(net, lambda r: (net(x[r])[0][:, 0] - target[r]).square().mean(), len(x), lambda: (net(held_x)[0][:, 0] - held_target).square().mean(), epochs, seed=seed)
     with tempfile.TemporaryDirectory() as scratch:
-        estimates = {name: np.clip(model(test_x.numpy())['life'][:, 0], 0, 1)*CAP for name, model in loaded(net, x, ('life', 'embedding'), runtimes, scratch).items()}
+        estimates = {name: np.clip(model(test_x.numpy())['life'][:, 0], 0, 1)*CAP for name, model in loaded(net, x.numpy(), ('life', 'embedding'), runtimes, scratch).items()}
     return {'rows': life_rows(life, estimates), 'life': life, 'estimates': estimates, 'history': history}
 
 def life_rows(life, estimates: dict) -> list:   # name -> (n,); the first is what the others are compared with
     "Rows for `public_table`: errors of each model and how far they are from the first model's, on the same draws of engines."
+    life = np.asarray(life)
     first, capped = next(iter(estimates.values())), np.minimum(life, CAP)
     figures, rows = {}, []
     for name, e in estimates.items():
@@ -277,25 +278,24 @@ def own_rows(runs: dict) -> dict:   # name -> (400,) bool
     return {name: ~np.isin(run['time'][:TRAINING_ROWS], np.concatenate([t for other, t in later.items() if other != name] or [run['time'][:0]])) for name, run in runs.items()}
 
 def skab(folder: Path,
-         runtimes: tuple = ('onnxruntime', 'litert'),   # for the INT8 versions
-         each_epochs: int = 40, all_epochs: int = 12,   # for a network of one run; for the network of all
+         runtimes: tuple = ('onnxruntime', 'litert'),   # for the INT8 versions of the network for all
+         each_runtimes: tuple = (),                     # and for those of the networks of a run: some seconds each
+         each_epochs: int = 40, all_epochs: int = 12,   # 0: none
          seed: int = 0) -> dict:   # {'rows': for `public_table`, 'counts': model -> (runs, 4)}
-    "An autoencoder for each run as the published ones are, and one for all runs in torch and in 8 bits; the last tenth of each run's training windows chooses the epoch."
-    from edgenb.ladder import eager
-    from edgenb.runtime import Network
+    "An autoencoder for each run as the published ones are, and one for all runs; the last tenth of each run's training windows chooses the epoch."
     runs, counts = read_skab(folder), {}
     windows = {name: scaled_windows(run['x'][:TRAINING_ROWS], run['x'][:TRAINING_ROWS]) for name, run in runs.items()}
     parts = {name: np.split(w, [len(w) - len(w)//10]) for name, w in windows.items()}
+    def count(label, net, fit, names, runtimes):
+        with tempfile.TemporaryDirectory() as scratch:
+            for kind, model in loaded(net, fit, ('rebuilt',), runtimes, scratch).items(): counts.setdefault(f'{label}, {kind}', []).extend(judged(runs[n], model) for n in names)
     if each_epochs:
-        nets = {name: trained_autoencoder(*part, each_epochs, 32, seed) for name, part in parts.items()}
-        counts['one network a run, torch, FP32'] = np.array([judged(run, eager(Network(nets[name], {'window': windows[name][:1]}, ('rebuilt',)))) for name, run in runs.items()])
-    clean = {name: np.lib.stride_tricks.sliding_window_view(own, WINDOW).all(-1) for name, own in own_rows(runs).items()}
-    fit, held = [np.concatenate([p[part][c] for p, c in ((parts[n], np.split(clean[n], [len(parts[n][0])])[part]) for n in runs)]) for part in (0, 1)]
-    net = trained_autoencoder(fit, held, all_epochs, 128, seed)
-    import torch
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, model in loaded(net, torch.from_numpy(fit), ('rebuilt',), runtimes, scratch).items():
-            counts[f'one network for all, {name}'] = np.array([judged(run, model) for run in runs.values()])
+        for name, part in parts.items(): count('one network a run', trained_autoencoder(*part, each_epochs, 32, seed), part[0], [name], each_runtimes)
+    if all_epochs:
+        clean = {name: np.split(np.lib.stride_tricks.sliding_window_view(own, WINDOW).all(-1), [len(parts[name][0])]) for name, own in own_rows(runs).items()}
+        fit, held = [np.concatenate([parts[name][i][clean[name][i]] for name in runs]) for i in (0, 1)]
+        count('one network for all', trained_autoencoder(fit, held, all_epochs, 128, seed), fit, runs, runtimes)
+    counts = {name: np.array(c) for name, c in counts.items()}
     return {'rows': point_rows(counts), 'counts': counts}
 
 def point_rows(counts: dict) -> list:   # model -> (runs, 4)
@@ -303,8 +303,8 @@ def point_rows(counts: dict) -> list:   # model -> (runs, 4)
     f1 = lambda c: 2*c[0]/max(2*c[0] + c[1] + c[2], 1)
     rows = []
     for name, c in counts.items():
-        before = counts.get('one network for all, torch, FP32') if 'INT8' in name else None
-        difference = {} if before is None else drawn_again({'F1': lambda r: f1(c[r].sum(0)) - f1(before[r].sum(0))}, len(c))
+        before = counts[f"{name.split(', ')[0]}, torch, FP32"]
+        difference = {} if before is c else drawn_again({'F1': lambda r: f1(c[r].sum(0)) - f1(before[r].sum(0))}, len(c))
         rows.append({'data': 'SKAB', 'model': f'convolutional autoencoder, {name}', 'n': f'{len(c)} runs', 'figures': point_figures(c), 'difference': difference})
     return rows
 
