@@ -1,6 +1,6 @@
 """The networks of these notebooks on public data (C-MAPSS FD001, SKAB, dissolved gases), with the settings of the functions, beside published figures.
 
-`EDGENB_SHARED_DATA=... python benchmarks/public.py [cmapss] [skab] [dga] [--seeds 0 1 2] [--each]`. The files are not part of the repository: each folder's origin is in the functions' documentation.
+`EDGENB_SHARED_DATA=... python benchmarks/public.py [cmapss] [skab] [dga] [--seeds 0 1 2] [--each]`. The files are not part of the repository; where they come from is in nbs/34_public.ipynb.
 A seed is another split of the training engines, another training. `--each` builds 8 bits for each of SKAB's 34 networks as well, which takes minutes. Settings were chosen on training engines and rows alone.
 """
 import argparse, time
