@@ -275,8 +275,8 @@ def judged(run: dict, model) -> np.ndarray:   # (4,), from `confusion`
 # %% ../nbs/34_public.ipynb #ff76d26d
 def own_rows(runs: dict) -> dict:   # name -> (400,) bool
     "Which training rows of each run are no other run's judged rows."
-    later = {name: run['time'][TRAINING_ROWS:] for name, run in runs.items()}
-    return {name: ~np.isin(run['time'][:TRAINING_ROWS], np.concatenate([t for other, t in later.items() if other != name] or [run['time'][:0]])) for name, run in runs.items()}
+    judged_on = np.concatenate([run['time'][TRAINING_ROWS:] for run in runs.values()])   # a run's own are later than its training rows
+    return {name: ~np.isin(run['time'][:TRAINING_ROWS], judged_on) for name, run in runs.items()}
 
 def skab(folder: Path,
          runtimes: tuple = ('onnxruntime', 'litert'),   # for the INT8 versions of the network for all

@@ -1,16 +1,15 @@
 "Public data: readers against faulty copies, the published rules against a plain reading of them, and nothing of the test part in a training."
-import os, subprocess, sys
+import subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from edgenb.core import EdgenbError
-from edgenb.public import (CAP, LABELS, LOOP, PUBLISHED, SENSORS, TRAINING_ROWS, alarmed, cmapss, confusion, dga, drawn_again, forest_answers, life_rows, life_windows, nasa_score, own_rows,
+from edgenb.public import (CAP, LABELS, LOOP, PUBLISHED, SENSORS, TRAINING_ROWS, alarmed, cmapss, confusion, dga, drawn_again, forest_answers, judged, life_rows, life_windows, nasa_score, own_rows,
                            point_figures, point_rows, public_folder, public_table, read_cmapss, read_dga, read_skab, rmse, same_samples, scaled_windows, skab)
 
 
 def real(name):
-    os.environ.setdefault('EDGENB_SHARED_DATA', str(Path(__file__).parents[2]/'shared'/'data'))
     folder = public_folder(name)
     if not folder.is_dir(): pytest.skip(f'no public data at {folder}: set EDGENB_SHARED_DATA')
     return folder
@@ -70,6 +69,7 @@ def test_a_header_line_is_passed_over_whatever_it_counts(engines, header):
 @pytest.mark.parametrize('fault, message', [
     (lambda f: (f/'train_FD001.txt').unlink(), 'there is no file .*train_FD001'),
     (lambda f: (f/'train_FD001.txt').write_text(''), 'holds no row'),
+    (lambda f: (f/'train_FD001.txt').write_text('NASA\nunit cycle\n1 1 0\n'), 'line 2: .* is not a row of numbers'),
     (lambda f: edit(f/'train_FD001.txt', '\n1 2 0 0 100 ', '\n1 2 0 0 '), 'line 2: 25 columns, there must be 26'),
     (lambda f: edit(f/'train_FD001.txt', '\n1 2 0 0 100 ', '\n1 2 0 0 x '), 'line 2: .* is not a row of numbers'),
     (lambda f: edit(f/'train_FD001.txt', '\n1 2 0 0 100 ', '\n1 2 0 0 nan '), 'line 2: .* no finite number'),
@@ -179,12 +179,13 @@ def test_the_difference_to_the_first_model_is_taken_on_the_same_draws():
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
-    rng, inside = np.random.default_rng(0), 0
+    rng, inside, widths = np.random.default_rng(0), 0, []
     for trial in range(200):
         x = rng.normal(5, 1, 60)
         _, low, high = drawn_again({'mean': lambda r: x[r].mean()}, 60, resamples=400, seed=trial)['mean']
         inside += low <= 5 <= high
-    assert 180 <= inside <= 198
+        widths.append((high - low)/2*np.sqrt(60)/x.std())
+    assert 180 <= inside <= 198 and abs(np.mean(widths) - 1.96) < 0.05
 
 
 # nothing of the test part in a training
@@ -214,6 +215,19 @@ def test_windows_of_a_run_are_scaled_by_its_training_rows_alone():
     x[:, 1] = 4                                               # a sensor that stands still
     a = scaled_windows(x[:TRAINING_ROWS], x[:TRAINING_ROWS])
     assert a.shape == (341, 2, 60) and np.allclose(a[5, :, 7], [(x[12, 0] - x[:400, 0].mean())/x[:400, 0].std(), 0], atol=1e-5)
+
+
+def test_a_run_is_judged_by_the_limit_and_the_scale_of_its_training_rows(loop):
+    run = read_skab(loop)['valve1/0']
+    run['x'][450:600] += 3
+    asleep = lambda windows: {'rebuilt': np.zeros_like(windows)}    # a model that expects the mean: errors are sizes
+    mean, spread = run['x'][:400].mean(0), run['x'][:400].std(0)
+    size = np.abs((run['x'] - mean)/spread)
+    errors = [size[i:i + 60].mean(0).sum() for i in range(591)]
+    limit, rows = 4/3*np.quantile(errors[:341], 0.999), np.zeros(250, bool)
+    for row in range(59, 191 - 59): rows[row] = all(e > limit for e in errors[400 + row - 59:400 + row])
+    truth = run['anomaly'][400:]
+    assert rows.sum() > 40 and judged(run, asleep).tolist() == [(truth & rows).sum(), (~truth & rows).sum(), (truth & ~rows).sum(), (~truth & ~rows).sum()]
 
 
 def test_training_rows_that_another_run_is_judged_on_are_found(loop):
