@@ -184,7 +184,8 @@ def _scaled(train, others):
 def cmapss(folder: Path,
            runtimes: tuple = ('onnxruntime', 'litert'),   # for the INT8 versions
            steps: int = 48, epochs: int = 8, every: int = 1,   # of training windows
-           widths: tuple = (32, 32, 48, 48), held_engines: int = 20, seed: int = 0
+           widths: tuple = (32, 32, 48, 48), hidden: float = 0.15,     # share of the sensors that a training window does not show
+           held_engines: int = 20, seed: int = 0
           ) -> dict:   # {'rows': for `public_table`, 'life': (n,), 'estimates': name -> (n,), 'history'}
     "Cycles left of every test engine, from its last window. Which epoch is kept depends on training engines that were held out; test engines are read once, at the end."
     import torch
@@ -197,7 +198,8 @@ def cmapss(folder: Path,
     target, held_target = [torch.from_numpy((np.minimum(v, CAP)/CAP).astype(np.float32)) for v in (y, held_y)]
     torch.manual_seed(seed)
     net = WindowNetwork(train[0].shape[1], steps, 1, widths)
-    history = fitted(net, lambda r: (net(x[r])[0][:, 0] - target[r]).square().mean(), len(x), lambda: (net(held_x)[0][:, 0] - held_target).square().mean(), epochs, seed=seed)
+    def some(r): return x[r]*(torch.rand(len(r), train[0].shape[1], 1) >= hidden).repeat(1, 2, 1)   # values and mask
+    history = fitted(net, lambda r: (net(some(r))[0][:, 0] - target[r]).square().mean(), len(x), lambda: (net(held_x)[0][:, 0] - held_target).square().mean(), epochs, seed=seed)
     with tempfile.TemporaryDirectory() as scratch:
         estimates = {name: np.clip(model(test_x.numpy())['life'][:, 0], 0, 1)*CAP for name, model in loaded(net, x.numpy(), ('life', 'embedding'), runtimes, scratch).items()}
     return {'rows': life_rows(life, estimates), 'life': life, 'estimates': estimates, 'history': history}
