@@ -146,11 +146,11 @@ def parity(reference,                    # callable from images to {'label', 'sc
     "Non-inferiority of `candidate`: the paired confidence bound of the loss against `tolerance`."
     from scipy.stats import norm
     images, y = data[0], np.asarray(data[1])
-    if len(y) == 0: raise EdgenbError('parity: there are no test images')
+    if len(y) == 0: raise EdgenbError('parity: there are no test examples')
     a, b = _answer(reference, images), _answer(candidate, images)
     if not len(y) == len(a['label']) == len(b['label']): raise EdgenbError(f"parity: {len(y)} labels for {len(a['label'])} and {len(b['label'])} answers")
     function, sign = find_metric(metric)
-    if not np.isfinite(function(y, a)): raise EdgenbError(f'parity: {metric} cannot be computed on these {len(y)} images, which are all of one kind: it needs defective and good ones')
+    if not np.isfinite(function(y, a)): raise EdgenbError(f'parity: {metric} cannot be computed on these {len(y)} examples, which are all of one kind: it needs defective and good ones')
     flipped = np.nonzero(a['label'] != b['label'])[0]
     if not np.isfinite(b['score']).all(): return Parity(metric, *[float('nan')]*6, len(y), flipped.tolist(), 0, 'fail', 'its scores are not finite numbers')
     delta, (low, high, spread) = function(y, b) - function(y, a), _difference(y, a, b, metric, confidence, resamples, seed, clusters)
@@ -159,7 +159,7 @@ def parity(reference,                    # callable from images to {'label', 'sc
     room, z = tolerance + sign*delta, norm.ppf((1 + confidence)/2)
     needed = 0 if verdict != 'undecided' or room < 1e-6 else math.ceil(max(((z + norm.ppf(0.8))*spread/room)**2, z**2*(1 - room)/room))
     reason = {'pass': f'loses at most {max(0, -worst):.3f} {metric}, tolerance {tolerance}', 'fail': f'loses at least {-best:.3f} {metric}, tolerance {tolerance}',
-              'undecided': f'may lose up to {-worst:.3f} {metric}, tolerance {tolerance}: ' + (f'about {needed} test images would decide' if needed else 'the loss seen exceeds the tolerance, more images would most likely fail it')}[verdict]
+              'undecided': f'may lose up to {-worst:.3f} {metric}, tolerance {tolerance}: ' + (f'about {needed} test examples would decide' if needed else 'the loss seen exceeds the tolerance, more examples would most likely fail it')}[verdict]
     return Parity(metric, *interval(y, b, metric, confidence, seed, clusters), delta, low, high, len(y), flipped.tolist(), needed, verdict, reason)
 
 # %% ../nbs/05_verify.ipynb #3bdf87fa
