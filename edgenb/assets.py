@@ -205,10 +205,10 @@ def test_times(run) -> dict:   # asset -> (first, last) of the test examples, ti
     return {a: (r[0][0], r[-1][0] + 1, np.array([t for _, t in r])) for a, r in found.items()}
 
 def events_of(run, scores: np.ndarray,   # of every test example
-              threshold: float, **choices):   # edgenb.events.Result
+              threshold: float, clear: float = CLEAR, merge_days: float = MERGE_DAYS, **choices):   # edgenb.events.Result
     "Failures warned of and false alarms on the test assets."
     at = test_times(run)
-    found = {a: alarms(t, scores[i:j], threshold, CLEAR*threshold, MERGE_DAYS) for a, (i, j, t) in at.items()}
+    found = {a: alarms(t, scores[i:j], threshold, clear*threshold, merge_days) for a, (i, j, t) in at.items()}
     truth = truth_of(assets_of(run, 'test'), {a: t for a, (_, _, t) in at.items()})
     return evaluate(found, **truth, ahead=tuple(run.card('data').result['ahead_days']), **choices)
 
