@@ -478,6 +478,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'edgenb/recipes/substation.py'),
                                            'edgenb.recipes.substation.mode_families': ( 'recipes/substation.html#mode_families',
                                                                                         'edgenb/recipes/substation.py'),
+                                           'edgenb.recipes.substation.verdict': ( 'recipes/substation.html#verdict',
+                                                                                  'edgenb/recipes/substation.py'),
                                            'edgenb.recipes.substation.window_features': ( 'recipes/substation.html#window_features',
                                                                                           'edgenb/recipes/substation.py')},
             'edgenb.recipes.wafer': { 'edgenb.recipes.wafer.Defect': ('recipes/wafer.html#defect', 'edgenb/recipes/wafer.py'),

@@ -157,7 +157,7 @@ def data(run,
         else:
             before, after = seconds <= split.until, seconds - window*grid_hours*3600 >= split.since
             add('train', some(before)); add('field', some(after))   # what the same assets met afterwards
-            known = seconds >= seconds[0] + 2.5*memory_days*DAY if len(seconds) else before   # deviations mean little before the asset's past is known
+            known = seconds >= seconds[0] + min(2.5*memory_days*DAY, (split.until - seconds[0])/2) if len(seconds) else before   # deviations mean little before the asset's past is known
             for part, there in (('usual', before & known), ('later', after)): add(part, np.sort(rng.permutation(np.nonzero(there & calm)[0])[:4]))   # for `watch`: quiet windows far apart
     for more in extra: _add_training(more, parts['train'], examples, left, classes)
     for part, (xs, raws) in parts.items(): np.save(run.new(f'{part}.npy'), np.concatenate(xs)); np.save(run.new(f'{part}_raw.npy'), np.concatenate(raws))

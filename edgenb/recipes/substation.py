@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'FAMILIES', 'ACTIONS', 'FACTORS', 'NO_ALARM', 'TARGETS', 'channel_rows', 'mode_families', 'channel_limits',
-           'limit_scores', 'ewma_scores', 'cusum_scores', 'window_features', 'causes', 'alert_text', 'Watcher']
+           'limit_scores', 'ewma_scores', 'cusum_scores', 'window_features', 'verdict', 'causes', 'alert_text',
+           'Watcher']
 
 # %% ../../nbs/recipes/substation.ipynb #2c8a6758
 from dataclasses import asdict, dataclass
@@ -103,6 +104,19 @@ def window_features(windows: np.ndarray) -> np.ndarray:   # (k, 4*channels)
 TARGETS = {   # what others state, to compare with; never a result of a run
     'target: as demanded': {'warned': '89 %', 'false_share': '3.2 %'},
     'target: thresholds, as commonly stated': {'warned': '40 %'}}
+
+# %% ../../nbs/recipes/substation.ipynb #b53de411
+def verdict(ours, others: dict, data: str) -> str:   # ours, others: of `edgenb.events.Result`
+    "What the events mean, for the person who has to decide."
+    from edgenb.events import difference
+    (warned, low, high), (false, false_low, false_high) = ours.estimate('warned'), ours.estimate('false_per_year')
+    said = [f'On {data} data the device warns of {warned:.0%} of failures 2 to 14 days ahead (between {low:.0%} and {high:.0%}, {int(ours.counts[:, 0].sum())} failures) and raises a false alarm every '
+            f"{1/false:.0f} asset-years ({f'between {1/false_high:.0f} and {1/false_low:.0f}' if false_low > 0 else f'at least {1/false_high:.0f}'})." if false > 0 else f'On {data} data the device warns of {warned:.0%} of failures and raised no false alarm.']
+    best = max(others, key=lambda n: others[n].estimate('warned')[0])
+    d = difference(ours, others[best])
+    said.append(f"The best of the other methods ({best}) warns of {others[best].estimate('warned')[0]:.0%}; the difference is {d['delta']:+.0%}, between {d['low']:+.0%} and {d['high']:+.0%}.")
+    said.append('The demanded 89 % is ' + ('met.' if low >= 0.89 else 'not met.' if high < 0.89 else 'not decided by so few failures.'))
+    return ' '.join(said)
 
 # %% ../../nbs/recipes/substation.ipynb #8d890c35
 def causes(model, pipeline, window: np.ndarray,   # (channels, steps), NaN where nothing was measured
