@@ -9,6 +9,7 @@ from edgenb.assets import CLEAR, assets_of, classes_of, data, learn, test_times 
 from edgenb.compile import compile
 from edgenb.core import EdgenbError, Run
 from edgenb.data import examples_of, load_examples, save_examples, units_of
+from edgenb.events import alarms
 from edgenb.grid import save_fleet, simulate
 from edgenb.recipes.substation import ACTIONS, CHANNELS, Watcher, channel_rows, cusum_scores, ewma_scores, mode_families
 from edgenb.runtime import RUNTIMES
@@ -379,8 +380,14 @@ def test_an_alert_names_its_family_and_rings_once_until_it_is_cleared(turn, loud
     for name, _, _, w, rang in loud:
         for a, text in rang:
             assert a.asset == name and a.cause in ACTIONS and text.startswith(f'{a.cause} (') and text.endswith(ACTIONS[a.cause][1]) and a.severity == ACTIONS[a.cause][0]
-        begins = [(t, f) for (t, s, f), (_, before, was) in zip(w.scores[1:], w.scores) if s >= threshold and (before < CLEAR*threshold or f != was)]
-        assert len(rang) <= len(begins) + 1 and bool(rang) == any(s >= threshold for _, s, _ in w.scores)
+        standing, cleared, rings = set(), {}, 0
+        for t, s, f in w.scores:
+            if s < CLEAR*threshold: cleared |= dict.fromkeys(standing, t); standing = set()
+            elif s >= threshold and f not in standing:
+                standing.add(f)
+                rings += t - cleared.get(f, np.datetime64(0, 's')) >= np.timedelta64(2, 'D')
+        counted = alarms([t for t, _, _ in w.scores], [s for _, s, _ in w.scores], threshold, CLEAR*threshold, 3.0)
+        assert len(rang) == rings and (len(rang) == len(counted) or len({f for _, s, f in w.scores if s >= threshold}) > 1)   # the device rings as often as the table counts
         assert w.sent == sum(len(a.to_json()) for a, _ in rang) or len(rang) > 1                # an alert that rings again is the same one, with more to say
         seen += len(rang)
     assert seen

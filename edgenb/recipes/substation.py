@@ -9,6 +9,7 @@ __all__ = ['CHANNELS', 'FAMILIES', 'ACTIONS', 'TARGETS', 'channel_rows', 'mode_f
 # %% ../../nbs/recipes/substation.ipynb #2c8a6758
 from dataclasses import asdict
 import numpy as np
+from ..assets import CLEAR, MERGE_DAYS
 from ..events import Alerts
 from ..gas import GASES, diagnose
 from ..telemetry import Channel, Rules, Stream
@@ -129,7 +130,7 @@ class Watcher:
         steps = bundle.pipeline.step('window')['steps']
         self.asset, self.bundle, self.sent, self.scores = asset, bundle, 0, []
         self.stream = Stream(CHANNELS, steps, int(every_hours//grid_hours), Rules(grid_s=int(grid_hours*3600), clip=1000.0, memory_days=memory_days))
-        self.desk = Alerts({f: action for f, (_, action) in ACTIONS.items()})
+        self.desk = Alerts({f: action for f, (_, action) in ACTIONS.items()}, again_hours=24*MERGE_DAYS - every_hours)   # what `events_of` counts as one alarm rings once
 
     def push(self, time, values) -> list:   # of (Alert, text) that ring
         "Take one reading."
@@ -145,7 +146,7 @@ class Watcher:
 
     def _judge(self, w, x, score, family):
         threshold = self.bundle.pipeline.step('decide')['threshold']
-        if score < 0.9*threshold:
+        if score < CLEAR*threshold:
             for a in self.desk.open(): self.desk.clear(w.time, self.asset, a.cause)
             return []
         if score < threshold: return []
