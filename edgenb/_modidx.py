@@ -3,6 +3,7 @@
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'edgenb'},
   'syms': { 'edgenb.assets': { 'edgenb.assets._add_training': ('assets.html#_add_training', 'edgenb/assets.py'),
                                'edgenb.assets._arrays': ('assets.html#_arrays', 'edgenb/assets.py'),
+                               'edgenb.assets._base': ('assets.html#_base', 'edgenb/assets.py'),
                                'edgenb.assets._certificate': ('assets.html#_certificate', 'edgenb/assets.py'),
                                'edgenb.assets._histories': ('assets.html#_histories', 'edgenb/assets.py'),
                                'edgenb.assets._outside': ('assets.html#_outside', 'edgenb/assets.py'),

@@ -122,7 +122,10 @@ def data(run,
          seed: int = 0):
     "Read telemetry and work orders, split by asset and time, cut windows. Leaves examples.jsonl, arrays of windows, units.json, streams.npz and the report of the reader."
     within('data', 0.05, 0.8, test=test, validation=validation, since=since); within('data', 8, 4096, window=window); within('data', 0.01, 240, grid_hours=grid_hours, every_hours=every_hours)
-    if every_hours % grid_hours: raise EdgenbError(f'data: every_hours = {every_hours} must be a multiple of grid_hours = {grid_hours}')
+    if round(every_hours*3600) % round(grid_hours*3600): raise EdgenbError(f'data: every_hours = {every_hours} must be a multiple of grid_hours = {grid_hours}')
+    if kind not in ('real', 'synthetic'): raise EdgenbError(f"data: kind = {kind!r} is not one of 'real', 'synthetic'")
+    if not families: raise EdgenbError('data: families is empty: pass failure mode -> class')
+    if mixed := [m for m, c in families.items() if c == negative]: raise EdgenbError(f'data: families gives {mixed[0]} the class {negative!r}, which is that of quiet windows: name it otherwise')
     listed, rules, histories, by_asset, report = _histories(telemetry, orders, channels, grid_hours, memory_days, kinds)
     failures = {h.asset: [o for o in by_asset.get(h.asset, ()) if o.kind == 'failure'] for h in histories}
     if lost := sorted({o.mode for f in failures.values() for o in f if o.mode not in families}): raise EdgenbError(f'data: failure mode {lost[0]!r} has no class: add it to families.{did_you_mean(lost[0], families)}')
@@ -130,7 +133,7 @@ def data(run,
     split = split_assets({h.asset: h.equipment for h in histories}, [a for a, f in failures.items() if f], (1 - test - validation, validation, test),
                          until=begin + (end - begin)*since, pause_days=ahead_days[1] + window*grid_hours/24, seed=seed)
     home = {a: s for s in ('train', 'validation', 'test') for a in getattr(split, s)}
-    every, rng = int(every_hours//grid_hours), np.random.default_rng(seed)
+    every, rng = round(every_hours/grid_hours), np.random.default_rng(seed)
     classes = [negative, *sorted(set(families.values()))]
     about = lambda h: (np.array([o.time for o in failures[h.asset]], 'datetime64[s]'), [families[o.mode] for o in failures[h.asset]])
     def taken(h, times):
@@ -160,6 +163,9 @@ def data(run,
             known = seconds >= seconds[0] + min(2.5*memory_days*DAY, (split.until - seconds[0])/2) if len(seconds) else before   # deviations mean little before the asset's past is known
             for part, there in (('usual', before & known), ('later', after)): add(part, np.sort(rng.permutation(np.nonzero(there & calm)[0])[:4]))   # for `watch`: quiet windows far apart
     for more in extra: _add_training(more, parts['train'], examples, left, classes)
+    for part in ('train', 'validation', 'test'):
+        if not left[part]: raise EdgenbError(f'data: there is no window for {part}: a window is {window*grid_hours/24:g} days, training ends after {since:.0%} of the {(end - begin)/np.timedelta64(1, "D"):.0f} days '
+                                             f'from {begin} to {end}, and the test begins {ahead_days[1] + window*grid_hours/24:g} days later. Pass longer histories, more assets, or a smaller `window`')
     for part, (xs, raws) in parts.items(): np.save(run.new(f'{part}.npy'), np.concatenate(xs)); np.save(run.new(f'{part}_raw.npy'), np.concatenate(raws))
     examples = [replace(e, sha256=hashlib.sha256(row_bytes(str(run.out/e.path))).hexdigest()) for e in progress(examples, desc='freezing windows', unit='window')]
     save_examples(examples, run.new('examples.jsonl'))
@@ -220,8 +226,23 @@ def window_pipeline(classes: list, channels: list, steps: int) -> Pipeline:
     return Pipeline(tuple({'step': s.pop('step'), 'version': 1, **s} for s in steps), tuple(classes))
 
 def _reads_base(start_from, **_):
-    if start_from and not Path(start_from).is_file(): raise EdgenbError(f'tune: start_from = {start_from} does not exist: pass the model.safetensors of a run for the whole fleet')
-    return {'base': digest(start_from)} if start_from else {}
+    if not start_from: return {}
+    files = [Path(start_from), *(Path(start_from).parent/n for n in ('network.json', 'pipeline.json'))]
+    for p in files:
+        if not p.is_file(): raise EdgenbError(f'tune: start_from = {start_from}: {p} does not exist: pass the model.safetensors of a run for the whole fleet, with network.json and pipeline.json beside it')
+    return {f'base {p.name}': digest(p) for p in files}
+
+def _base(path: Path, pipeline: Pipeline, config: dict) -> dict:
+    "The weights of a network made for the same channels, windows and classes."
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    base = Pipeline.load(path.parent/'pipeline.json')
+    try:
+        about, weights = json.loads((path.parent/'network.json').read_text(encoding='utf-8')), load_file(path)
+        same = about['window'] == config and base.classes == pipeline.classes and base.step('window') == pipeline.step('window')
+    except (ValueError, KeyError, TypeError, StopIteration, SafetensorError) as e: raise EdgenbError(f'tune: {path} is not the network of a run for a fleet, or damaged ({e}): copy it again') from None
+    if not same: raise EdgenbError(f'tune: {path} was made for other channels, windows or classes ({", ".join(base.classes)}): make the base with the same')
+    return weights
 
 def _arrays(run, split, classes):
     "Inputs and classes of a split."
@@ -243,19 +264,14 @@ def tune(run,
     import torch
     from edgenb.sensors import WindowNetwork, adapted, inputs_of, logits_of, train
     from edgenb.tune import calibrate
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     within('tune', 1, None, num_train_epochs=num_train_epochs, batch_size=batch_size, patience=patience, num_threads=num_threads, lora_r=lora_r, lora_alpha=lora_alpha)
     within('tune', 0, 1000, false_alarms_per_year=false_alarms_per_year)
     facts = run.card('data').result
     overridden, classes = require(facts['certificate'], accept_gates), facts['classes']
     torch.set_num_threads(num_threads); torch.manual_seed(seed)
     pipeline, net = window_pipeline(classes, facts['channels'], facts['window']), WindowNetwork(len(facts['channels']), facts['window'], len(classes))
-    if start_from:
-        about = json.loads((Path(start_from).parent/'network.json').read_text(encoding='utf-8'))
-        base = Pipeline.load(Path(start_from).parent/'pipeline.json')
-        if about.get('window') != net.config or base.classes != pipeline.classes or base.step('window') != pipeline.step('window'):
-            raise EdgenbError(f'tune: {start_from} was made for other channels, windows or classes ({", ".join(base.classes)}): make the base with the same')
-        net.load_state_dict(load_file(start_from))
+    if start_from: net.load_state_dict(_base(Path(start_from), pipeline, net.config))
     (x, y), (held, y_held) = _arrays(run, 'train', classes), _arrays(run, 'validation', classes)
     net, history = train(adapted(net, lora_r, lora_alpha) if start_from else net, x, y, held, y_held, num_train_epochs, batch_size, learning_rate, weight_decay, patience=patience, seed=seed)
     calibration = calibrate(logits_of(net, held).numpy().astype(np.float64), y_held)

@@ -1,6 +1,7 @@
 "The recipes as a user runs them: through the command line, interrupted, again, and compared."
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
+import numpy as np
 import pytest
 
 root = Path(__file__).parents[1]
@@ -95,3 +96,22 @@ def test_an_interrupt_ends_with_one_line_and_exit_code_130(workspace):
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and 'interrupted' in err.splitlines()[-1] and 'Traceback' not in err.splitlines()[-1]
+
+
+def test_substation_goes_round_the_whole_loop_and_a_second_run_skips_every_room(tmp_path):
+    "Without sample data: the fleet is simulated, and everything that comes of it says so."
+    (tmp_path/'settings.ini').write_text((root/'settings.ini').read_text())
+    (tmp_path/'nbs').symlink_to(root/'nbs')
+    go = [edgenb, 'run', 'substation', '-p', 'smoke', 'true', '-p', 'num_threads', '1', '-p', 'runtimes', '["onnxruntime"]', '--no-progress', '--json']
+    row, again = (finish(subprocess.Popen(go, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) for _ in range(2))
+    assert row['reached'] == again['reached'] == 'learn' and row['data'] == 'synthetic' and all(json.loads(c.read_text())['data'] == 'synthetic' for c in Path(row['path']).glob('0?-*.json'))
+    manifest = json.loads((Path(row['bundle'])/'manifest.json').read_text())
+    assert manifest['data'] == 'synthetic' and 'made from synthetic data' in manifest['warnings'] and len(manifest['warnings']) >= 2
+    np.save(tmp_path/'window.npy', np.load(next(Path(row['path']).glob('08-learn.*/new.npy')))[0])
+    done = subprocess.run([edgenb, 'predict', row['bundle'], 'window.npy', '--json'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer['label'] in card(row, 'data')['result']['classes'] and answer['decision'] in ('accept', 'reject') and 0 <= answer['score'] <= 1 and 'synthetic' in done.stderr
+    assert again['path'] != row['path'] and again['digest'] == row['digest']
+    text = (Path(again['path'])/'substation.ipynb').read_text()
+    assert ': done in' not in text and all(f'0{n}-{r}: taken over' in text for n, r in enumerate('data tune squeeze compile verify ship watch learn'.split(), 1))

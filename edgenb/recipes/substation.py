@@ -8,11 +8,12 @@ __all__ = ['CHANNELS', 'FAMILIES', 'ACTIONS', 'FACTORS', 'NO_ALARM', 'TARGETS', 
            'Watcher']
 
 # %% ../../nbs/recipes/substation.ipynb #2c8a6758
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 import numpy as np
-from ..core import EdgenbError
+from ..assets import CLEAR, MERGE_DAYS
+from ..events import Alerts
 from ..gas import GASES, diagnose
-from ..telemetry import Channel
+from ..telemetry import Channel, Rules, Stream
 
 # %% ../../nbs/recipes/substation.ipynb #ee2dc4f7
 def _gas(name): return Channel(name, 'ppm', 0, 100_000, swing=5000.0, stuck_hours=96.0)
@@ -147,13 +148,13 @@ class Watcher:
         steps = bundle.pipeline.step('window')['steps']
         self.asset, self.bundle, self.sent, self.scores = asset, bundle, 0, []
         self.stream = Stream(CHANNELS, steps, int(every_hours//grid_hours), Rules(grid_s=int(grid_hours*3600), clip=1000.0, memory_days=memory_days))
-        self.desk = Alerts({f: action for f, (_, action) in ACTIONS.items()})
+        self.desk = Alerts({f: action for f, (_, action) in ACTIONS.items()}, again_hours=24*MERGE_DAYS - every_hours)   # what `events_of` counts as one alarm rings once
 
     def push(self, time, values) -> list:   # of (Alert, text) that ring
         "Take one reading."
         rang = []
         for w in self.stream.push(time, values):
-            x = np.where(w.mask, w.values, np.nan).astype(np.float32)
+            x = np.where(w.mask, w.values, np.nan).astype(np.float16)   # as the windows it was tested on were kept
             found = self.bundle.answer([x])
             score, family = float(found['score'][0]), self.bundle.pipeline.classes[int(found['probabilities'][0][1:].argmax()) + 1]
             self.scores.append((w.time, score, family))
@@ -163,7 +164,7 @@ class Watcher:
 
     def _judge(self, w, x, score, family):
         threshold = self.bundle.pipeline.step('decide')['threshold']
-        if score < 0.9*threshold:
+        if score < CLEAR*threshold:
             for a in self.desk.open(): self.desk.clear(w.time, self.asset, a.cause)
             return []
         if score < threshold: return []
