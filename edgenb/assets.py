@@ -155,8 +155,9 @@ def data(run,
             units += units_of_asset(h.asset, h.equipment, times, when, names, ahead_days, quiet_days, repair_days, negative, left['test'])
             add('test', np.arange(len(times)))
         elif part == 'validation':
-            streams[h.asset] = {'times': seconds, 'windows': x, 'raw': raw}
-            add('validation', some(seconds > 0))
+            before = seconds <= split.until
+            streams[h.asset] = {'times': seconds[before], 'windows': x[before], 'raw': raw[before]}
+            add('validation', some(before))
         else:
             before, after = seconds <= split.until, seconds - window*grid_hours*3600 >= split.since
             add('train', some(before)); add('field', some(after))   # what the same assets met afterwards

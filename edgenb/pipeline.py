@@ -94,7 +94,7 @@ def window(sample,                # path of an .npy file (or of a row in one), i
     except (OSError, ValueError, EOFError) as e: raise EdgenbError(f'{name} is not an .npy file that can be read ({e}): write it again') from None
     if x.shape != (len(channels), steps) or not np.issubdtype(x.dtype, np.floating):
         raise EdgenbError(f"{name} has shape {x.shape} and type {x.dtype}; wanted are {len(channels)} channels ({', '.join(channels)}) of {steps} steps, floating point")
-    there = np.isfinite(x)
+    there, x = np.isfinite(x), x.astype(np.float32)   # whatever it was stored as
     return np.concatenate([np.clip(np.arcsinh(np.where(there, x, 0)), -limit, limit), there]).astype(np.float32)
 
 # %% ../nbs/11_pipeline.ipynb #64524148
