@@ -362,13 +362,13 @@ def _row(a, kept, figures, y, pipeline, subjects, few, device, budgets, paramete
     row |= {k: getattr(p, k) for k in ('value', 'low', 'high', 'delta', 'delta_low', 'delta_high')}
     if metric in OTHER_RATE and p.verdict != 'fail':
         q = parity(kept['reference'], answer, (None, y), OTHER_RATE[metric], other_tolerance, confidence, seed=seed, clusters=clusters)
-        if q.verdict != 'pass': p = replace(p, verdict=q.verdict if p.verdict == 'pass' else 'fail' if q.verdict == 'fail' else p.verdict, reason='; '.join(r for r in (p.reason if p.verdict != 'pass' else '', q.reason) if r), needed=max(p.needed, q.needed))
+        if q.verdict != 'pass': p = replace(q, reason='; '.join(r for r in (p.reason if p.verdict != 'pass' else '', q.reason) if r), needed=max(p.needed, q.needed))
     row |= {'verdict': p.verdict, 'reason': p.reason, 'flipped': [subjects[i].id for i in p.flipped], 'needed': p.needed, 'per_class': per_class(y, kept['reference'], answer, pipeline.classes, confidence),
             'agreement': agreement(y, kept['reference'], answer) if np.isfinite(answer['score']).all() else None,
             'also': {m: dict(zip(('value', 'low', 'high'), interval(y, answer, m, confidence, seed, clusters))) for m in METRICS}}
     if name == 'reference': row |= {'reason': 'what the others are compared with'}
     elif a['runtime'] != 'torch':
-        row |= _judged(row, p, device, budgets, parameters, tolerance)
+        row |= _judged(row, p, device, budgets, parameters, tolerance if p.metric == metric else other_tolerance)
         if a.get('refused'): row |= {'verdict': 'fail', 'reason': f"refused on validation images: {a['refused']}" + ('' if p.verdict == 'pass' else f"; {row['reason']}"), 'over': {'validation': [None, None]}}   # test images do not choose
         if p.verdict == 'fail' and (blame := _blamed(row, built, few)): row |= {'reason': f"{row['reason']}; {blame}"}
     return finite(row)
