@@ -41,7 +41,7 @@ class Channel:
     high: float
     usual: tuple = ()          # range in which an asset spends its days; by default the plausible one
     others: tuple = ()         # units that may come in unannounced
-    swing: float = 0.0         # largest believable change within a step; 0: a quarter of the value
+    swing: float = 0.0         # how far a unit that fits may lie outside the recent range; 0: a quarter of the value. Beyond twice that a value is odd
     stuck_hours: float = 24.0  # unchanged for longer: a stuck sensor; math.inf for what may stand still
     floor: float = 0.0         # smallest spread that deviations are measured in; 0: a thousandth of the plausible range
 
@@ -52,7 +52,7 @@ class Rules:
     grid_s: int = 3600          # seconds of a step; readings in it are averaged
     confirm: int = 6            # a new clock or unit is believed after this many in a row
     jump_days: float = 30.0     # a clock may run ahead, or behind, by this much without being doubted; longer gaps end a window
-    forget_hours: float = 24.0  # after such a silence a channel is judged by its usual range, not by its last value
+    forget_hours: float = 24.0  # after such a silence a channel is judged by its usual range, not by its recent one; also the half-life of that range
     hold: int = 1               # steps for which a missing value is replaced by the last one
     warm_days: float = 3.0      # an asset's baseline is not used before
     memory_days: float = 30.0   # half-life of the baseline
@@ -110,6 +110,7 @@ class Plan:
         self.floor = np.array([c.floor or 1e-3*(c.high - c.low) for c in channels], float)
         self.stuck = np.array([min(1e9, max(2, c.stuck_hours*3600/rules.grid_s)) for c in channels])
         self.unit = np.arange(self.factor.shape[0])[:, None]
+        self.relax = 1 - 2**(-1/max(rules.forget_hours*3600/rules.grid_s, rules.confirm))
         self.forget = max(2*rules.confirm, math.ceil(rules.forget_hours*3600/rules.grid_s))
         self.jump = int(rules.jump_days*86400)
         self.warm = max(1, math.ceil(rules.warm_days*86400/rules.grid_s))
@@ -143,43 +144,51 @@ class Clock:
 # %% ../nbs/29_telemetry.ipynb #2cd78d08
 def clean_state(shape: tuple) -> dict:   # of arrays (..., C)
     "Nothing seen yet."
-    return {'unit': np.zeros(shape, np.int8), 'value': np.full(shape, np.nan), 'age': np.zeros(shape, np.int32), 'pending': np.zeros(shape, np.int32), 'to': np.zeros(shape, np.int8),
-            'aside': np.full(shape, np.nan), 'anchor': np.full(shape, np.nan), 'run': np.zeros(shape)}
+    return {'unit': np.zeros(shape, np.int8), 'least': np.full(shape, np.nan), 'most': np.full(shape, np.nan), 'age': np.zeros(shape, np.int32), 'pending': np.zeros(shape, np.int32),
+            'to': np.zeros(shape, np.int8), 'strange': np.zeros(shape, np.int32), 'aside': np.full(shape, np.nan), 'anchor': np.full(shape, np.nan), 'run': np.zeros(shape)}
 
 def _pick(a, unit): return np.take_along_axis(a, unit[..., None, :].astype(np.intp), -2)[..., 0, :]
 
-def _judge_unit(s, mean, read, plan):
+def _judge_unit(s, mean, last, read, plan):
     "Values of a step in the unit that is believed, NaN while that is open; updates the belief. -> values (..., C), suspected, unclear."
-    x, fresh = _pick(mean, s['unit']), np.isnan(s['value'])
-    past = np.where((s['pending'] > 0) & ~fresh, s['aside'], s['value'])
-    near = np.where(plan.swing > 0, plan.swing, 0.25*np.abs(past))
-    usual = (mean >= plan.usual_low) & (mean <= plan.usual_high)
-    fits = np.where(fresh[..., None, :], usual, np.abs(mean - past[..., None, :]) <= near[..., None, :]) & (plan.unit != s['unit'][..., None, :])
-    odd = read & ~np.where(fresh, _pick(usual, s['unit']), np.abs(x - past) <= 2*near)
+    now, fresh, unit = _pick(last, s['unit']), np.isnan(s['least']), s['unit'][..., None, :]
+    end = np.clip(last, s['least'][..., None, :], s['most'][..., None, :])
+    off, near = np.abs(last - end), np.where(plan.swing > 0, plan.swing, 0.25*np.abs(end))
+    usual = (last >= plan.usual_low) & (last <= plan.usual_high)
+    fits = np.where(fresh[..., None, :], usual, off <= np.minimum(np.fmax(near, 0.25*_pick(off, s['unit'])[..., None, :]), 2*near)) & (plan.unit != unit)
+    odd = read & ~_pick(np.where(fresh[..., None, :], usual, off <= 2*near), s['unit'])
     number, to = fits.sum(-2), fits.argmax(-2)
     one, unclear = odd & (number == 1), odd & (number > 1)
     pending = np.where(one, np.where((s['pending'] > 0) & (to == s['to']), s['pending'] + 1, 1), np.where(read, 0, s['pending']))
-    turned = one & (pending >= plan.rules.confirm)
-    there = _pick(mean, to)
+    turned, there = one & (pending >= plan.rules.confirm), _pick(last, to)
+    none, refuted = odd & (number == 0) & np.isfinite(now), read & ~odd & (s['pending'] > 0) & ~fresh
+    strange = np.where(turned, 0, s['strange'] + (none | refuted))
+    enough = fresh | (strange >= plan.rules.confirm)
+    s['strange'] = np.where(enough, 0, strange).astype(np.int32)
+    for v, taken in ((s['aside'], refuted & enough), (there, one & (~fresh | turned)), (now, ~odd | none & enough)):
+        for k, further in (('least', np.fmin), ('most', np.fmax)): s[k] = np.where(taken & np.isfinite(v), further(v, s[k] + plan.relax*(v - s[k])), s[k])
+    s['aside'] = np.where(one, now, s['aside'])
+    x = np.where(turned, _pick(mean, to), np.where(one | unclear, np.nan, _pick(mean, s['unit'])))
     s['unit'], s['to'] = np.where(turned, to, s['unit']).astype(np.int8), np.where(one, to, s['to']).astype(np.int8)
-    s['pending'], s['aside'] = np.where(turned, 0, pending).astype(np.int32), np.where(one, there, s['aside'])
-    return np.where(turned, there, np.where(one | unclear, np.nan, x)), one & ~turned, unclear
+    s['pending'] = np.where(turned, 0, pending).astype(np.int32)
+    return x, one & ~turned, unclear
 
 def clean_step(s: dict,            # state, arrays (..., C), changed in place
                mean: np.ndarray,   # (..., U, C) mean of the step's readings that are plausible in each unit, converted; NaN: none is
+               last: np.ndarray,   # (..., U, C) the last of them
                count: np.ndarray,  # (..., U, C) how many
                seen: np.ndarray,   # (..., C) readings in the step
                plan: Plan) -> tuple:   # values float32 (..., C), codes uint8 (..., C), readings out of range (..., C)
     "One step of all rules on values."
     read = seen > 0
-    x, suspect, unclear = _judge_unit(s, mean, read, plan)
+    x, suspect, unclear = _judge_unit(s, mean, last, read, plan)
     good = np.isfinite(x)
     same = good & (np.abs(x - s['anchor']) <= 1e-9*np.abs(s['anchor']))
     s['run'] = np.where(same, s['run'] + 1, np.where(good, 1, s['run']))
     s['anchor'] = np.where(good & ~same, x, s['anchor'])
     stuck = good & (s['run'] > plan.stuck)
     s['age'] = np.where(good, 0, np.minimum(s['age'] + 1, plan.forget + 1)).astype(np.int32)
-    s['value'] = np.where(good, x, np.where(s['age'] > plan.forget, np.nan, s['value']))
+    for k in ('least', 'most'): s[k] = np.where(s['age'] > plan.forget, np.nan, s[k])
     code = np.where(read, np.where(good, np.where(stuck, STUCK, np.where(s['unit'] > 0, CONVERTED, OK)), OUTSIDE), np.where(read.any(-1, keepdims=True), np.where(np.isfinite(s['anchor']), MISSING, OK), GAP))   # what was never measured is not missing
     code = np.where(suspect, SUSPECT, np.where(unclear, UNCLEAR, code)).astype(np.uint8)
     outside = np.where(suspect | unclear, 0, seen - _pick(count, s['unit']))
@@ -216,19 +225,20 @@ def merge(first: np.ndarray, second: np.ndarray) -> str:
     first[...] = np.where(np.isfinite(first), first, second)
     return what
 
-def gridded(t: np.ndarray, raw: np.ndarray, plan: Plan) -> tuple:   # steps (k,), mean and count (k, U, C), seen (k, C)
+def gridded(t: np.ndarray, raw: np.ndarray, plan: Plan) -> tuple:   # steps (k,), mean, last and count (k, U, C), seen (k, C)
     "Readings averaged over their steps, under each unit they could be in."
     steps, index = np.unique(plan.step_of(t), return_inverse=True)
     shape = len(steps), *plan.factor.shape
-    mean, count = np.full(shape, np.nan), np.zeros(shape, np.int32)
+    mean, last, count = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape, np.int32)
     seen = np.stack([np.bincount(index[np.isfinite(raw[:, c])], minlength=len(steps)) for c in range(raw.shape[1])], -1).astype(np.int32)
     for u, c in np.argwhere(np.isfinite(plan.factor)):
         value = raw[:, c]*plan.factor[u, c] + plan.offset[u, c]
         fine = (value >= plan.low[c]) & (value <= plan.high[c])
         count[:, u, c] = np.bincount(index[fine], minlength=len(steps))
+        last[index[fine], u, c] = value[fine]
         total = np.bincount(index[fine], value[fine], minlength=len(steps))
         np.divide(total, count[:, u, c], out=mean[:, u, c], where=count[:, u, c] > 0)
-    return steps, mean, count, seen
+    return steps, mean, last, count, seen
 
 # %% ../nbs/29_telemetry.ipynb #1b39977d
 def dense(steps: np.ndarray,   # int (k,), increasing
@@ -259,21 +269,21 @@ def clean(series: list,   # of (t int64 (n,) seconds, raw float (n, C)) in the o
 
 def _prepared(t, raw, plan):
     t, raw, found = believed(t, raw, plan)
-    steps, mean, count, seen = gridded(t, raw, plan)
+    steps, mean, last, count, seen = gridded(t, raw, plan)
     every, row = dense(steps, plan.jump//plan.rules.grid_s, plan.forget + 1)
-    return every, row, mean, count, seen, found
+    return every, row, mean, last, count, seen, found
 
 def _clean_block(parts, plan):
     longest, C, U, chunk = max(len(p[0]) for p in parts), len(plan.names), len(plan.unit), 512
     state, out = clean_state((len(parts), C)), [np.zeros((longest, len(parts), C), d) for d in (np.float32, np.uint8, np.int32)]
     for start in range(0, longest, chunk):
         shape = chunk, len(parts), U, C
-        mean, count, seen = np.full(shape, np.nan), np.zeros(shape, np.int32), np.zeros((chunk, len(parts), C), np.int32)
+        mean, last, count, seen = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape, np.int32), np.zeros((chunk, len(parts), C), np.int32)
         for a, (_, row, *readings, _) in enumerate(parts):
             at = np.nonzero((r := row[start:start + chunk]) >= 0)[0]
-            for side_by_side, alone in zip((mean, count, seen), readings): side_by_side[at, a] = alone[r[at]]
+            for side_by_side, alone in zip((mean, last, count, seen), readings): side_by_side[at, a] = alone[r[at]]
         for k in range(min(chunk, longest - start)):
-            for o, new in zip(out, clean_step(state, mean[k], count[k], seen[k], plan)): o[start + k] = new
+            for o, new in zip(out, clean_step(state, mean[k], last[k], count[k], seen[k], plan)): o[start + k] = new
     for a, (every, row, *_, found) in enumerate(parts):
         skipped = np.r_[False, np.diff(every) > 1]                # the row after a shortened gap
         keep = np.ones(len(every), bool)
@@ -367,7 +377,7 @@ class Stream:
         C, U = len(channels), len(self.plan.unit)
         self.clock, self.cleaning, self.baseline = Clock(self.plan), clean_state((C,)), baseline_state((C,))
         self.open = None                                          # the step being filled
-        self.sums = {'total': np.zeros((U, C)), 'count': np.zeros((U, C), np.int32), 'seen': np.zeros(C, np.int32), 'first': np.full(C, np.nan)}
+        self.sums = {'total': np.zeros((U, C)), 'last': np.full((U, C), np.nan), 'count': np.zeros((U, C), np.int32), 'seen': np.zeros(C, np.int32), 'first': np.full(C, np.nan)}
         self.ring = {'values': np.zeros((C, self.window), np.float32), 'mask': np.zeros((C, self.window), bool), 'raw': np.full((C, self.window), np.nan, np.float32)}
         self.counts, self.log = np.zeros((len(CODES), C), np.int64), {}
 
@@ -406,24 +416,25 @@ class Stream:
         self.open = g
         value, s = row*self.plan.factor + self.plan.offset, self.sums
         fine = (value >= self.plan.low) & (value <= self.plan.high)
-        s['total'] += np.where(fine, value, 0); s['count'] += fine; s['seen'] += np.isfinite(row)
+        s['total'] += np.where(fine, value, 0); s['last'] = np.where(fine, value, s['last']); s['count'] += fine; s['seen'] += np.isfinite(row)
         return done
 
     def _close(self, g):
         "Finish the open step and the silent ones before `g`."
         s = self.sums
-        done = self._advance(self.open, np.divide(s['total'], s['count'], out=np.full(s['total'].shape, np.nan), where=s['count'] > 0), s['count'], s['seen'])
+        done = self._advance(self.open, np.divide(s['total'], s['count'], out=np.full(s['total'].shape, np.nan), where=s['count'] > 0), s['last'], s['count'], s['seen'])
         for a in ('total', 'count', 'seen'): s[a][...] = 0
+        s['last'][...] = np.nan
         silent, most = g - self.open - 1, max(self.plan.forget + 1, self.window + self.plan.rules.hold)   # more silence than that changes nothing
         short = silent <= self.plan.jump//self.plan.rules.grid_s
-        nothing = np.full(s['total'].shape, np.nan), s['count'], s['seen']
+        nothing = s['last'], s['last'], s['count'], s['seen']
         for k in range(min(silent, most)): done += self._advance(self.open + 1 + k, *nothing, counted=short)
         if short: self.counts[GAP] += max(0, silent - most)
         self.open = None
         return done
 
-    def _advance(self, g, mean, count, seen, counted=True):
-        y, code, outside = clean_step(self.cleaning, mean, count, seen, self.plan)
+    def _advance(self, g, mean, last, count, seen, counted=True):
+        y, code, outside = clean_step(self.cleaning, mean, last, count, seen, self.plan)
         if counted: np.add.at(self.counts, (code, np.arange(len(code))), code != OUTSIDE)
         self.counts[OUTSIDE] += outside
         for ring, new in zip(self.ring.values(), baseline_step(self.baseline, y, self.plan)):
@@ -449,7 +460,7 @@ class Stream:
         return found
 
 # %% ../nbs/29_telemetry.ipynb #e0a7699a
-MAGIC = b'edgenb stream 1\n'
+MAGIC = b'edgenb stream 2\n'
 
 def _parts(stream):
     "Every array of a stream's state, by name."

@@ -138,33 +138,51 @@ def history_plainly(steps):
     return rows, deviations
 
 class Judge:
-    def __init__(self, c): self.c, self.unit, self.past, self.age, self.pending, self.to, self.aside, self.anchor, self.run = CHANNELS[c], 0, None, 0, 0, 0, None, None, 0; self.units = UNITS_PLAINLY[c]
+    def __init__(self, c):
+        self.c, self.units, self.unit, self.range, self.age, self.pending, self.to, self.strange, self.aside, self.anchor, self.run = CHANNELS[c], UNITS_PLAINLY[c], 0, None, 0, 0, 0, 0, None, None, 0
+    def learn(self, v):
+        drift = 1 - 2**(-1/max(8, RULES.confirm))
+        least, most = self.range or (v, v)
+        self.range = v if v < least else least + drift*(v - least), v if v > most else most + drift*(v - most)
+    def outside(self, v): return max(self.range[0] - v, 0, v - self.range[1])
+    def off(self, v): return self.outside(v)/(self.c.swing or max(1e-300, 0.25*abs(min(max(v, self.range[0]), self.range[1]))))   # in swings
     def step(self, xs):
-        means = []
+        means, lasts = [], []
         for convert in self.units:
             fine = [convert(x) for x in xs if self.c.low <= convert(x) <= self.c.high]
             means.append(sum(fine)/len(fine) if fine else None)
-        usual = self.c.usual or (self.c.low, self.c.high)
-        past = self.aside if self.pending and self.past is not None else self.past
-        near = self.c.swing or (0.25*abs(past) if past is not None else 0)
-        def fits(m, times=1): return m is not None and (usual[0] <= m <= usual[1] if self.past is None else abs(m - past) <= times*near)
-        x = means[self.unit]
-        if xs:
-            others = [u for u, m in enumerate(means) if u != self.unit and fits(m)]
-            if fits(x, 2) or not others: self.pending = 0
-            elif len(others) > 1: self.pending, x = 0, None
-            else:
-                self.pending = self.pending + 1 if self.pending and self.to == others[0] else 1
-                self.to, self.aside, x = others[0], means[others[0]], None
-                if self.pending >= RULES.confirm: self.unit, self.pending, x = self.to, 0, self.aside
+            lasts.append(fine[-1] if fine else None)
+        usual, fresh = self.c.usual or (self.c.low, self.c.high), self.range is None
+        def fits(v, swings=1): return v is not None and (usual[0] <= v <= usual[1] if fresh else self.off(v) <= swings)
+        x, now, before = means[self.unit], lasts[self.unit], self.pending
+        others = [u for u, v in enumerate(lasts) if u != self.unit and (fits(v) or not fresh and now is not None and fits(v, 2) and self.outside(v) <= self.outside(now)/4)]
+        if xs and fits(now, 2):
+            self.pending = 0
+            if before and not fresh: self.surprise(self.aside)
+            self.learn(now)
+        elif xs and len(others) == 1:
+            self.pending = before + 1 if before and self.to == others[0] else 1
+            self.to, self.aside, x = others[0], now, None
+            if not fresh or self.pending >= RULES.confirm: self.learn(lasts[self.to])
+            if self.pending >= RULES.confirm: self.unit, self.pending, self.strange, x = self.to, 0, 0, means[self.to]
+        elif xs:
+            self.pending = 0
+            if others: x = None
+            elif now is not None: self.surprise(now)
+        if fresh: self.strange = 0
         if x is None:
             self.age += 1
-            if self.age > 8: self.past = None
+            if self.age > 8: self.range = None
             return math.nan
-        self.age, self.past = 0, x
+        self.age = 0
         if self.anchor is not None and abs(x - self.anchor) <= 1e-9*abs(self.anchor): self.run += 1
         else: self.anchor, self.run = x, 1
         return math.nan if self.run > max(2, self.c.stuck_hours) else float(np.float32(x))
+    def surprise(self, v):
+        self.strange += 1
+        if self.range is None or self.strange >= RULES.confirm:
+            self.strange = 0
+            if v is not None: self.learn(v)
 
 class Learner:
     def __init__(self, c): self.floor, self.held, self.age, self.level, self.spread, self.n = 1e-3*(CHANNELS[c].high - CHANNELS[c].low), None, 0, 0.0, 0.0, 0
@@ -343,6 +361,48 @@ def test_an_ambiguous_unit_is_refused_and_an_early_mix_up_is_seen_without_a_past
     assert codes([-16 + k/10 for k in range(6)] + [3.2 + k/5 for k in range(6)], oil) == ['']*12   # 19 degrees in the cold may be either: taken as it says
     assert codes([-12 + k/10 for k in range(6)] + [10.4 + k/5 for k in range(6)], oil) == ['']*6 + ['unit suspected']*2 + ['unit converted']*4
     assert codes([5, 5.1, 5, 40, 41, 42, 43, 44, 45, 46, 47, 48], either) == ['']*12   # a real jump stays one
+
+
+WARM = Channel('hot spot', '°C', -60, 250, usual=(-40, 140), others=('°F',), swing=8, stuck_hours=math.inf)
+
+def season(rng, low, high, every, days=60):
+    "A temperature (synthetic) with a season, a day, a bit of noise: seconds, °C."
+    t = 1_699_920_000 + np.arange(days*86400//every)*every
+    day, slow = rng.uniform(0, 10), rng.uniform(0, 12)
+    middle = rng.uniform(low + day + slow, high - day - slow)
+    return t, np.clip(middle + slow*np.sin(2*np.pi*(t/86400/365 + rng.random())) + day*np.sin(2*np.pi*(t/86400 + rng.random())) + rng.normal(0, 0.6, len(t)), low, high)
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 600), (1, 3600), (3, 3600), (3, 10800), (6, 3600), (6, 10800), (12, 3600), (12, 10800)]), st.booleans())
+def test_a_switch_to_fahrenheit_at_any_reading_is_converted_and_the_season_alone_never_is(seed, every, switched):
+    rng, (hours, seconds) = np.random.default_rng(seed), every
+    rules = Rules(grid_s=hours*3600)
+    t, truth = season(rng, 5 if switched else -10, 60, seconds)
+    at = int(rng.integers(len(t)//3, len(t)//2)) if switched else len(t)
+    sent = np.where(np.arange(len(t)) < at, truth, truth*1.8 + 32)
+    (steps, values, codes, _, _), = clean([(t, sent[:, None])], Plan([WARM], rules))
+    names, first = [CODES[c] for c in codes[:, 0]], -(-int(t[min(at, len(t) - 1)])//rules.grid_s) - int(steps[0])
+    if not switched: assert 'unit converted' not in names; return
+    later = slice(first + rules.confirm + 2, None)
+    mean = np.array([truth[-(-t//rules.grid_s) == g].mean() for g in steps[later]])
+    assert 'unit converted' not in names[:first] and 'unit suspected' in names[first:first + 2] and set(names[later]) <= {'unit converted', 'unit suspected'}
+    assert (np.abs(values[later, 0] - mean) < 2).mean() >= 0.95
+    stream = Stream([WARM], 1, 1, rules)
+    for n, (now, v) in enumerate(zip(t.tolist(), sent.tolist())):
+        if n in (at - 1, at + 1): stream = Stream.from_bytes(stream.to_bytes())
+        stream.push(now, [v])
+    stream.flush()
+    assert {e['what']: e['count'] for e in stream.events()} == {n: names.count(n) for n in set(names) - {''}}
+
+
+def test_a_real_jump_is_taken_at_once_and_the_way_back_to_the_truth_is_not_lost():
+    def run(values):
+        (_, cleaned, codes, _, _), = clean([(np.arange(len(values))*HOUR, np.asarray(values, float)[:, None])], Plan([WARM], Rules(confirm=3)))
+        return cleaned[:, 0].tolist(), [CODES[c] for c in codes[:, 0]]
+    jump = [80.0 + k/10 for k in range(10)] + [130.0 + k/10 for k in range(10)]   # 130 °F are 54 °C: nobody was there before
+    assert np.allclose(run(jump)[0], jump) and set(run(jump)[1]) == {''}
+    odd = [38 + k/10 for k in range(10)] + [69] + [(38 + k/10)*1.8 + 32 for k in range(10)]   # a mean over the switch, as a gateway may send it
+    assert run(odd)[1] == ['']*11 + ['unit suspected']*2 + ['unit converted']*8
 
 
 def test_work_orders_that_cannot_be_placed_are_refused_with_their_rows(table, tmp_path):

@@ -20,9 +20,9 @@ def _gas(name): return Channel(name, 'ppm', 0, 100_000, swing=5000.0, stuck_hour
 
 CHANNELS = [
     Channel('load_pct', '%', 0, 250, usual=(2, 140), swing=80.0, stuck_hours=36.0),
-    Channel('ambient_c', '°C', -60, 70, usual=(-40, 50), others=('°F',), swing=10.0, stuck_hours=36.0),
-    Channel('top_oil_c', '°C', -60, 180, usual=(-40, 110), others=('°F',), swing=12.0, stuck_hours=36.0),
-    Channel('hot_spot_c', '°C', -60, 250, usual=(-40, 140), others=('°F',), swing=16.0, stuck_hours=36.0),
+    Channel('ambient_c', '°C', -60, 70, usual=(-40, 50), others=('°F',), swing=6.0, stuck_hours=36.0),
+    Channel('top_oil_c', '°C', -60, 180, usual=(-40, 110), others=('°F',), swing=6.0, stuck_hours=36.0),
+    Channel('hot_spot_c', '°C', -60, 250, usual=(-40, 140), others=('°F',), swing=8.0, stuck_hours=36.0),
     *(_gas(f'{g.lower()}_ppm') for g in (*GASES, 'CO')),
     Channel('moisture_ppm', 'ppm', 0, 5000, swing=2000.0, stuck_hours=96.0),
     Channel('discharge_pc', 'pC', 0, 100_000, swing=50_000.0, stuck_hours=96.0),
