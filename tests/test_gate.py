@@ -294,6 +294,16 @@ def test_an_artifact_whose_scores_are_no_numbers_is_no_choice_and_no_crash(copie
     assert result['chosen'] is None and 'moving one bound alone would let nothing ship' in result['why']
 
 
+@pytest.mark.parametrize('metric, always, named', [('detection rate', 1, 'false-positive rate'), ('false-positive rate', 0, 'detection rate')])
+def test_what_always_rings_or_never_does_not_pass_by_one_rate(metric, always, named, copied, unmeasured, monkeypatch):
+    only(copied, 'odd-fp32')
+    monkeypatch.setattr(runtime('odd'), 'load', classmethod(lambda cls, path, num_threads=1: lambda x, whole=False: {'logits': np.where(np.arange(2) == always, 9.0, -9.0) + np.zeros((len(x), 1))}))
+    result = verify(copied, metric=metric, tolerance=0.2, other_tolerance=0.2, latency_budget_ms=50.0, timing_runs=5).result
+    found = row(copied, 'odd-fp32')
+    assert result['chosen'] is None and found['verdict'] == 'fail' and named in found['reason'] and found['over'][f'loss of {named}'][1] == 0.2
+    refused(lambda: ship(copied), 'no artifact may ship')
+
+
 @pytest.mark.parametrize('arena, fits', [(200_000, True), (90_000_000, False)])
 def test_on_a_microcontroller_the_arena_that_was_measured_decides(arena, fits, copied, unmeasured, monkeypatch):
     only(copied, 'odd-fp32')
