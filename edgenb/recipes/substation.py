@@ -115,7 +115,7 @@ def verdict(ours, others: dict, data: str) -> str:   # ours, others: of `edgenb.
             f"{1/false:.0f} asset-years ({f'between {1/false_high:.0f} and {1/false_low:.0f}' if false_low > 0 else f'at least {1/false_high:.0f}'})." if false > 0 else f'On {data} data the device warns of {warned:.0%} of failures and raised no false alarm.']
     best = max(others, key=lambda n: others[n].estimate('warned')[0])
     d = difference(ours, others[best])
-    said.append(f"The best of the other methods ({best}) warns of {others[best].estimate('warned')[0]:.0%}; the difference is {d['delta']:+.0%}, between {d['low']:+.0%} and {d['high']:+.0%}.")
+    said.append(f"The best of the other methods ({best}) warns of {others[best].estimate('warned')[0]:.0%}, with {others[best].estimate('false_per_year')[0]:.2f} false alarms an asset-year against {false:.2f} here; the difference in warnings is {d['delta']:+.0%}, between {d['low']:+.0%} and {d['high']:+.0%}.")
     said.append('The demanded 89 % is ' + ('met.' if low >= 0.89 else 'not met.' if high < 0.89 else 'not decided by so few failures.'))
     return ' '.join(said)
 
