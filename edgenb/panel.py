@@ -93,7 +93,7 @@ def calibration_error(defective: np.ndarray, score: np.ndarray, bins: int = 10) 
 def history_figure(history: list):
     "Losses by epoch."
     figure = _figure('Training', 'epoch', 'log loss')
-    for k, name in (('train_loss', 'training images'), ('validation_loss', 'validation images')):
+    for k, name in (('train_loss', 'training'), ('validation_loss', 'validation')):
         figure.add_scatter(x=[h['epoch'] for h in history], y=[h[k] for h in history], mode='lines+markers', name=name)
     return figure
 
