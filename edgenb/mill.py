@@ -135,7 +135,7 @@ def run_recipe(name: str,                    # of a recipe, or the path of a not
         with file_errors(out), _Aloud() if progress else contextlib.nullcontext(): execute_notebook(str(path), str(out), values, progress_bar=progress, log_output=log_output, prepare_only=prepare_only, cwd=os.getcwd())
     except PapermillExecutionError as e:
         said = e.evalue.splitlines()[0] if e.evalue else ''
-        if e.ename == 'EdgenbError': raise EdgenbError(f'{said} (cell {e.cell_index + 1} of {out})') from None
+        if e.ename == 'EdgenbError': raise EdgenbError(f'{e.evalue} (cell {e.cell_index + 1} of {out})') from None
         raise EdgenbError(f'{path.stem} stopped with {e.ename}: {said}; see cell {e.cell_index + 1} of {out}. Finished rooms are kept') from None
     return run
 
