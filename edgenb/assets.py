@@ -12,11 +12,12 @@ from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np
-from .certificate import require
+from .certificate import gate, require
 from .core import EdgenbError, did_you_mean, digest, progress, room, within, write_atomic, write_json
 from .data import Example, Unit, examples_of, save_examples
 from .events import DAY, alarms, choose_threshold, evaluate, split_assets
 from .pipeline import Pipeline, row_bytes
+from .runtime import LIBRARIES
 from .intake import read_orders, read_telemetry
 from .telemetry import Channel, Rules, windows
 
@@ -81,7 +82,6 @@ def _windows_of(histories, listed, rules, window, every, taken):
 
 def _certificate(counts, classes, min_per_class, failures, report, steps):
     "The gates of telemetry: enough failures of each class, enough of them to judge by, readings whose units are known."
-    gate = lambda name, passed, value, limit, why: {'gate': name, 'passed': bool(passed), 'value': value, 'limit': limit, 'why': why}
     small = min(classes[1:], key=lambda c: (counts[c], c))
     unclear = sum(f['count'] for f in report.findings if f['what'] == 'unit unclear')
     gates = [gate('class floor', counts[small] >= min_per_class, counts[small], min_per_class, f'{small} has {counts[small]} training windows, {min_per_class} are needed'),
@@ -167,7 +167,9 @@ def data(run,
     for part in ('train', 'validation', 'test'):
         if not left[part]: raise EdgenbError(f'data: there is no window for {part}: a window is {window*grid_hours/24:g} days, training ends after {since:.0%} of the {(end - begin)/np.timedelta64(1, "D"):.0f} days '
                                              f'from {begin} to {end}, and the test begins {ahead_days[1] + window*grid_hours/24:g} days later. Pass longer histories, more assets, or a smaller `window`')
-    for part, (xs, raws) in parts.items(): np.save(run.new(f'{part}.npy'), np.concatenate(xs)); np.save(run.new(f'{part}_raw.npy'), np.concatenate(raws))
+    for part, (xs, raws) in parts.items():
+        np.save(run.new(f'{part}.npy'), np.concatenate(xs))
+        if part in ('train', 'test'): np.save(run.new(f'{part}_raw.npy'), np.concatenate(raws))   # for methods that want the readings themselves
     examples = [replace(e, sha256=hashlib.sha256(row_bytes(str(run.out/e.path))).hexdigest()) for e in progress(examples, desc='freezing windows', unit='window')]
     save_examples(examples, run.new('examples.jsonl'))
     np.savez(run.new('streams.npz'), **{f'{a} {k}': v for a, found in streams.items() for k, v in found.items()})
@@ -176,7 +178,7 @@ def data(run,
     judged = Counter(u.label != negative for u in units)
     steps = sum(h.values.size for h in histories)
     certificate = _certificate(Counter(e.label for e in examples if e.split == 'train'), classes, min_per_class, {'test': judged[True]}, report, steps)
-    write_json(run.new('assets.json'), {h.asset: {'equipment': h.equipment, 'site': h.site, 'part': home[h.asset], 'observed': [int(t) for t in h.time[[0, -1]].astype(np.int64)],
+    write_json(run.new('assets.json'), {h.asset: {'equipment': h.equipment, 'site': h.site, 'part': home[h.asset],
                                                   'orders': [{'time': int(o.time.astype(np.int64)), 'kind': o.kind, 'mode': o.mode, 'class': families.get(o.mode, '')} for o in by_asset.get(h.asset, ())]} for h in histories})
     return {'data': kind, 'classes': classes, 'negative': negative, 'channels': [c.name for c in listed], 'window': window, 'grid_hours': grid_hours, 'every_hours': every_hours, 'ahead_days': ahead_days,
             'certificate': certificate, 'findings': dict(Counter(f['what'] for f in report.findings)), 'report': report.table(), 'units': {'failures': judged[True], 'quiet months': judged[False]},
@@ -185,7 +187,7 @@ def data(run,
 # %% ../nbs/32_assets.ipynb #8436ff78
 CLEAR, MERGE_DAYS = 0.9, 3.0   # an alarm ends below this share of the threshold; alarms closer than this are one
 
-def assets_of(run, part: str) -> dict:   # asset -> {'equipment', 'site', 'observed', 'orders'}
+def assets_of(run, part: str) -> dict:   # asset -> {'equipment', 'site', 'part', 'orders'}
     "The assets of 'train', 'validation' or 'test'."
     return {a: v for a, v in json.loads(run.file('data', 'assets.json').read_text(encoding='utf-8')).items() if v['part'] == part}
 
@@ -278,18 +280,18 @@ def tune(run,
     calibration = calibrate(logits_of(net, held).numpy().astype(np.float64), y_held)
     pipeline = pipeline.with_step('softmax', **calibration)
     series = {a: (s['times'], pipeline.after({'logits': logits_of(net, inputs_of(s['windows'].astype(np.float32))).numpy()})['score']) for a, s in stream_of(run).items()}
-    threshold, result, curve = choose_threshold(series, **truth_of(assets_of(run, 'validation'), {a: t for a, (t, _) in series.items()}), budget=false_alarms_per_year, clear=CLEAR, merge_days=MERGE_DAYS,
+    threshold, result, _ = choose_threshold(series, **truth_of(assets_of(run, 'validation'), {a: t for a, (t, _) in series.items()}), budget=false_alarms_per_year, clear=CLEAR, merge_days=MERGE_DAYS,
                                                 ahead=tuple(facts['ahead_days']))
     pipeline = pipeline.with_step('decide', threshold=float(threshold))
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, run.new('model.safetensors'))
     write_json(run.new('network.json'), {'window': net.config})
     pipeline.save(run.new('pipeline.json'))
     return {'history': history, 'validation': min(history, key=lambda h: h['validation_loss']), 'calibration': calibration, 'decision': pipeline.step('decide'), 'overridden_gates': overridden,
-            'trained': len(x), 'threads': num_threads, 'parameters': sum(p.numel() for p in net.parameters()), 'curve': [[float(v) for v in c] for c in curve],
+            'trained': len(x), 'threads': num_threads, 'parameters': sum(p.numel() for p in net.parameters()),
             'on_validation': {n: [float(v) for v in result.estimate(n)] for n in ('warned', 'false_per_year', 'false_share')}}
 
 # %% ../nbs/32_assets.ipynb #9bb9de7f
-@room(8, needs=('data', 'ship'), libraries=('numpy', 'onnxruntime'))
+@room(8, needs=('data', 'ship'), libraries=LIBRARIES)
 def learn(run,
           budget: int = 200   # windows that an engineer will look at
          ):
@@ -308,7 +310,7 @@ def learn(run,
     clusters = np.unique([f'{a} {w}' for a, w in zip(asset, week)], return_inverse=True)[1]
     chosen = worth_a_look(answer['score'], wrong, bundle.pipeline.step('decide')['threshold'], clusters, budget)
     np.save(run.new('new.npy'), rows[chosen])
-    found = [replace(field[i], id=f'{field[i].id}', path=f'new.npy#{n}', split='', sha256='') for n, i in enumerate(chosen)]
+    found = [replace(field[i], path=f'new.npy#{n}', split='', sha256='') for n, i in enumerate(chosen)]
     save_examples(found, run.new('new.jsonl'))
     return {'field_windows': len(field), 'wrong': int(wrong.sum()), 'asked': len(chosen), 'false_alarms': int((wrong & (truth == negative))[chosen].sum()), 'missed': int((wrong & (truth != negative))[chosen].sum()),
             'labels': dict(Counter(e.label for e in found)), 'reviewer': 'the work orders'}

@@ -13,6 +13,7 @@ import numpy as np
 from .core import EdgenbError, did_you_mean, room, within
 from .data import examples_of, save_examples
 from .pipeline import decode
+from .runtime import LIBRARIES
 from .watch import SHIFTS
 
 # %% ../nbs/08_learn.ipynb #34d8843f
@@ -36,7 +37,7 @@ def shifted(examples: list, shift: str, mode: str = 'L') -> list:
     if shift and shift not in SHIFTS: raise EdgenbError(f'there is no shift {shift}.{did_you_mean(shift, SHIFTS)}')
     return [SHIFTS[shift](decode(e.read(), mode)) if shift else decode(e.read(), mode) for e in examples]
 
-@room(8, needs=('data', 'ship'), libraries=('numpy', 'pillow', 'onnxruntime', 'scipy'))
+@room(8, needs=('data', 'ship'), libraries=LIBRARIES)
 def learn(run,
           shift: str = 'darkened',   # what happened in the field, of `edgenb.watch.SHIFTS`; '' for nothing
           budget: int = 100          # images a person will look at

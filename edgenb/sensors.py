@@ -6,14 +6,13 @@
 __all__ = ['WIDTHS', 'Layer', 'WindowNetwork', 'inputs_of', 'adapted', 'merged', 'train', 'logits_of']
 
 # %% ../nbs/33_sensors.ipynb #a6dd3b94
-import copy, json
-from pathlib import Path
+import copy
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .core import EdgenbError, progress, within
-from .pipeline import Pipeline
+from .core import progress
+from .pipeline import filled
 from .tune import loss_of
 
 # %% ../nbs/33_sensors.ipynb #8038060b
@@ -51,8 +50,7 @@ def inputs_of(x: np.ndarray,      # float (n, channels, steps), NaN where nothin
               limit: float = 8.0  # as in the pipeline's `window` step
              ):
     "Many windows as the pipeline's `window` step gives them one by one: a float32 tensor (n, 2*channels, steps)."
-    there = np.isfinite(x)
-    return torch.from_numpy(np.concatenate([np.clip(np.arcsinh(np.where(there, x, 0)), -limit, limit), there], 1).astype(np.float32))
+    return torch.from_numpy(filled(x, limit))
 
 def adapted(net: WindowNetwork, lora_r: int = 8, lora_alpha: int = 16):
     "A copy in which only low-rank updates of the convolutions, and the last layer, can be trained."

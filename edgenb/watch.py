@@ -11,6 +11,7 @@ import io
 from dataclasses import dataclass, field
 import numpy as np
 from .core import EdgenbError, did_you_mean, room, within
+from .runtime import LIBRARIES
 
 # %% ../nbs/07_watch.ipynb #b76ee83f
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def reference_of(run, pipeline) -> list:
     from edgenb.data import examples_of
     return examples_of(run, 'validation' if pipeline.input == 'image' else 'usual')
 
-@room(7, needs=('data', 'ship'), libraries=('numpy', 'pillow', 'onnxruntime'))
+@room(7, needs=('data', 'ship'), libraries=LIBRARIES)
 def watch(run,
           shifts: list = ['darkened', 'blurred'],  # of `SHIFTS`, of sensor data of `WINDOW_SHIFTS`
           groups: list = [],                       # also: only images of this group

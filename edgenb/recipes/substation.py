@@ -8,6 +8,7 @@ __all__ = ['CHANNELS', 'FAMILIES', 'ACTIONS', 'KINDS', 'FACTORS', 'NO_ALARM', 'T
            'alert_text', 'Watcher']
 
 # %% ../../nbs/recipes/substation.ipynb #2c8a6758
+from collections import deque
 from dataclasses import asdict
 import numpy as np
 from ..assets import CLEAR, MERGE_DAYS
@@ -145,10 +146,10 @@ def alert_text(family: str, score: float, found: list,   # from `causes`
 
 # %% ../../nbs/recipes/substation.ipynb #13e57826
 class Watcher:
-    "One asset on the device: readings in, alerts out. All of its state is a `Stream`, an `Alerts` and the last score."
+    "One asset on the device: readings in, alerts out. Its state is a `Stream`, an `Alerts` and the last thousand scores."
     def __init__(self, asset: str, bundle, grid_hours: float, every_hours: float, memory_days: float):
         steps = bundle.pipeline.step('window')['steps']
-        self.asset, self.bundle, self.sent, self.scores = asset, bundle, 0, []
+        self.asset, self.bundle, self.sent, self.scores = asset, bundle, 0, deque(maxlen=1000)
         self.stream = Stream(CHANNELS, steps, int(every_hours//grid_hours), Rules(grid_s=int(grid_hours*3600), clip=1000.0, memory_days=memory_days))
         self.desk = Alerts({f: action for f, (_, action) in ACTIONS.items()}, again_hours=24*MERGE_DAYS - every_hours)   # what `events_of` counts as one alarm rings once
 
