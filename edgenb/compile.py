@@ -26,6 +26,9 @@ class Torch(Runtime):
         from edgenb.tune import load_reference
         from edgenb.vision import torch_callable
         torch.set_num_threads(num_threads)
+        if 'causal' in json.loads((Path(path).parent/'network.json').read_text(encoding='utf-8')):
+            from edgenb.language import tuned_callable
+            return tuned_callable(Path(path).parent)
         run = torch_callable(load_reference(Path(path).parent))
         return lambda x, whole=False: run(next(iter(x.values())) if isinstance(x, dict) else x)
 
