@@ -385,6 +385,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'edgenb.mill.run_recipe': ('mill.html#run_recipe', 'edgenb/mill.py'),
                              'edgenb.mill.summary': ('mill.html#summary', 'edgenb/mill.py'),
                              'edgenb.mill.typed': ('mill.html#typed', 'edgenb/mill.py')},
+            'edgenb.notes': { 'edgenb.notes.Code': ('notes.html#code', 'edgenb/notes.py'),
+                              'edgenb.notes.Note': ('notes.html#note', 'edgenb/notes.py')},
             'edgenb.panel': { 'edgenb.panel._draw_trace': ('panel.html#_draw_trace', 'edgenb/panel.py'),
                               'edgenb.panel._figure': ('panel.html#_figure', 'edgenb/panel.py'),
                               'edgenb.panel._text': ('panel.html#_text', 'edgenb/panel.py'),
