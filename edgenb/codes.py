@@ -44,9 +44,11 @@ def canonical(code: str,          # with or without dot, in any case
 def _built() -> str:
     "The table as text, from the package: lines of code, parent, billable, description."
     import simple_icd_10_cm as cm
-    codes = cm.get_all_codes(True)
-    clean = lambda text: ' '.join(text.split())
-    return '\n'.join([str(len(codes)), *(f'{c}\t{cm.get_parent(c)}\t{int(cm.is_leaf(c))}\t{clean(cm.get_description(c))}' for c in codes)])
+    def row(c):
+        parent = cm.get_parent(c)   # a block of one category, such as B99, has its name: it is left out
+        return f"{c}\t{parent if parent != c else cm.get_parent(c, prioritize_blocks=True)}\t{int(cm.is_leaf(c))}\t{' '.join(cm.get_description(c).split())}"
+    codes = dict.fromkeys(cm.get_all_codes(True))
+    return '\n'.join([str(len(codes)), *map(row, codes)])
 
 def _rows(text: str) -> dict:
     count, *lines = text.split('\n')
