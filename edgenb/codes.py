@@ -15,7 +15,7 @@ from .weights import cache_folder
 
 # %% ../nbs/37_codes.ipynb #1b204e60
 SYSTEMS = ('ICD-10-CM', 'ICD-10-PCS', 'HCPCS', 'own')
-CM, PCS, HCPCS = re.compile(r'[A-Z]\d[\dAB][\dA-Z]{0,4}'), re.compile(r'[\dB-DF-HX][\dA-HJ-NP-Z]{2,6}'), re.compile(r'[A-V]\d{4}')
+CM, PCS, HCPCS = re.compile(r'([A-Z]\d|QA)[\dAB][\dA-Z]{0,4}'), re.compile(r'[\dB-DF-HX][\dA-HJ-NP-Z]{2,6}'), re.compile(r'[A-V]\d{4}')
 
 def system_of(code: str) -> str:   # 'ICD-10-CM' or 'ICD-10-PCS', by its form alone
     "Which system a code is of."
@@ -109,10 +109,9 @@ def problems(codes,               # of str
 
 def _problem(code):
     table = icd10cm()
-    if code in table:
-        if table[code].split('\t')[1] == '1': return None
-        if re.fullmatch(r'\d{1,2}|.*-.*', code): return 'header: a chapter or block, not a code', ''
-        below = leaves(code)
+    if code in table and table[code].split('\t')[1] == '1': return None
+    if re.fullmatch(r'\d{1,2}|.*-.*', code): return 'header: a chapter or block, not a code' if code in table else 'invalid: no such chapter or block', ''
+    if below := [c for c in leaves(code[:3]) if c.startswith(code)]:
         some = ', '.join(below[:5])
         return f"not billable: choose one of {some}{f' and {len(below) - 5} more' if len(below) > 5 else ''}", some
     above = next((code[:n].rstrip('.') for n in range(len(code) - 1, 2, -1) if code[:n].rstrip('.') in table), '')
