@@ -7,7 +7,7 @@ __all__ = ['SPECIAL', 'WHEEL', 'KV', 'SEQUENCES', 'random_model', 'check_header'
            'Prompted', 'Scorer', 'looked_up', 'Engine']
 
 # %% ../nbs/43_llama.ipynb #769e04a2
-import ctypes, functools, importlib.metadata, importlib.util, math, mmap, struct, time, weakref
+import ctypes, functools, importlib.util, json, math, mmap, struct, time, weakref
 from collections import deque
 from ctypes import c_bool, c_char_p, c_float, c_int32, c_size_t, c_uint32, c_void_p
 from pathlib import Path
@@ -17,7 +17,7 @@ from .core import EdgenbError, did_you_mean, progress as shown, within
 # %% ../nbs/43_llama.ipynb #a0393c31
 SPECIAL = ('<|im_start|>', '<|im_end|>')   # of the random model: a turn begins, a turn ends
 
-def random_model(path: Path, seed: int = 0, layers: int = 2, width: int = 64) -> Path:
+def random_model(path: Path, seed: int = 0, prompt=None, layers: int = 2, width: int = 64) -> Path:
     "Write a GGUF file with a small decoder whose weights are random: for trying things out and for tests, without a download. Needs the package gguf."
     import gguf
     rng, path = np.random.default_rng(seed), Path(path)
@@ -33,6 +33,7 @@ def random_model(path: Path, seed: int = 0, layers: int = 2, width: int = 64) ->
     writer.add_tokenizer_model('gpt2'); writer.add_tokenizer_pre('smollm'); writer.add_token_list(words); writer.add_token_merges(merges)
     writer.add_token_types([gguf.TokenType.CONTROL]*len(SPECIAL) + [gguf.TokenType.NORMAL]*(len(words) - len(SPECIAL)))
     writer.add_bos_token_id(0); writer.add_eos_token_id(1); writer.add_add_bos_token(False)
+    if prompt: writer.add_string('edgenb.prompt', json.dumps(prompt.to_dict()))
     def add(name, *shape): writer.add_tensor(name, rng.normal(0, 1.5/math.sqrt(shape[-1]), shape).astype(np.float32))
     add('token_embd.weight', len(words), width); add('output.weight', len(words), width)
     writer.add_tensor('output_norm.weight', np.ones(width, np.float32))
@@ -222,13 +223,14 @@ class Model:
         self._vocab, self.width = self._lib.llama_model_get_vocab(self._model), self._lib.llama_model_n_embd(self._model)
         self.n_vocab, self.end = self._lib.llama_vocab_n_tokens(self._vocab), self._lib.llama_vocab_eot(self._vocab)
         if self.end < 0: self.end = self._lib.llama_vocab_eos(self._vocab)
-        trained = self._lib.llama_model_n_ctx_train(self._model)
-        within(f'{Path(path).name}, which was trained on {trained} tokens', 32, trained, n_ctx=n_ctx or 32)
-        self._open(-(-(n_ctx or min(2048, trained))//256)*256, num_threads)
+        self.trained = self._lib.llama_model_n_ctx_train(self._model)
+        within(f'{self.path.name}, which was trained on {self.trained} tokens', 1, self.trained, n_ctx=n_ctx or 1)
+        self._open(-(-(n_ctx or min(2048, self.trained))//256)*256, num_threads)
 
     def _open(self, n_ctx, num_threads):
-        "Make the context, and have the library say what it understood."
+        "Make the context, in place of the one there is, and have the library say what it understood."
         lib, p = self._lib, self._lib.llama_context_default_params()
+        if len(self._pointers) > 1: lib.llama_free(self._pointers.pop(0)[1])
         p.n_ctx, p.n_batch, p.n_ubatch, p.n_seq_max, p.kv_unified, p.n_threads, p.n_threads_batch = n_ctx, n_ctx, min(512, n_ctx), SEQUENCES, True, num_threads, num_threads
         p.type_k = p.type_v = KV[self.kv]
         if self.kv != 'f16': p.flash_attn_type = 1   # there is no quantized cache without flash attention
@@ -238,7 +240,7 @@ class Model:
         for name in ('n_ctx', 'n_batch', 'n_ubatch', 'n_seq_max', 'n_threads', 'n_threads_batch'):
             has, wanted = getattr(lib, f'llama_{name}')(self._ctx), getattr(p, name)
             if has != wanted: raise EdgenbError(f"this libllama understood {name} = {has} where {wanted} was asked for: pip install '{WHEEL}'")
-        self.n_ctx, self._memory, self._row, self._hidden = n_ctx, lib.llama_get_memory(self._ctx), c_float*self.n_vocab, c_float*self.width
+        self.n_ctx, self.num_threads, self._memory, self._row, self._hidden = n_ctx, num_threads, lib.llama_get_memory(self._ctx), c_float*self.n_vocab, c_float*self.width
 
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
@@ -325,6 +327,14 @@ class Prompted(Reader):
             self._read(self._prefix, range(len(self._prefix)), [_ALL]*len(self._prefix), [0]*len(self._prefix))
             self._cached = self._prefix
         return tokens, len(self._prefix)
+
+    def fit(self, prompt):
+        "Make the context as large as the prompt needs and no larger, so that memory is not spent on nothing; before any adapter is applied."
+        self._prepare(prompt)
+        needs = len(self._prefix) + prompt.max_tokens + len(self._suffix) + max(len(t.inner) for _, t in self._parts)
+        if needs > self.trained: raise EdgenbError(f'{self.path}: instruction, note and answers take up to {needs} tokens, and it was trained on {self.trained}: lower max_tokens or shorten the instruction')
+        self._cached = None
+        self._open(-(-needs//256)*256, self.num_threads)
 
     def prompt_tokens(self, note: str, prompt) -> list:
         "All tokens up to the answer, for `Engine.generate`."
@@ -415,7 +425,8 @@ class Engine(Scorer):
                  max_tokens: int = 64,
                  stop: tuple = (),           # texts that end it, besides the end of a turn
                  draft=None,                 # 'lookup', or a smaller `Engine` with the same vocabulary
-                 draft_tokens: int = 4       # proposed at once
+                 draft_tokens: int = 4,      # proposed at once
+                 ends: bool = True           # False: go on after the end of a turn, to measure speed
                 ) -> dict:
         "Plain greedy generation. With a draft the proposed tokens are verified together and kept as far as they are the ones that plain generation would write."
         start = time.perf_counter()
@@ -428,7 +439,7 @@ class Engine(Scorer):
         self._forget()
         self._say(tokens, 0)
         agreed, first = [int(self._logits(len(tokens) - 1).argmax())], time.perf_counter()
-        while not self._over(out, agreed, max_tokens, stop):
+        while not self._over(out, agreed, max_tokens, stop, ends):
             at = len(tokens) + len(out) - 1
             proposed = [] if draft is None else looked_up(tokens + out, draft_tokens) if draft == 'lookup' else draft._continued(tokens + out, draft_tokens)
             self._say([out[-1], *proposed], at, 1 + len(proposed))
@@ -440,10 +451,10 @@ class Engine(Scorer):
         return {'text': self.detokenize(out), 'tokens': out, 'prompt_tokens': len(tokens), 'ttft_ms': 1000*(first - start),
                 'tokens_per_s': max(len(out) - 1, 0)/seconds, 'drafted': drafted, 'accepted': accepted}
 
-    def _over(self, out: list, agreed: list, max_tokens: int, stop: tuple) -> bool:
+    def _over(self, out: list, agreed: list, max_tokens: int, stop: tuple, ends: bool) -> bool:
         "Append what was agreed on to `out`, up to the end if it is reached."
         for token in agreed:
-            if self._lib.llama_vocab_is_eog(self._vocab, token): return True
+            if ends and self._lib.llama_vocab_is_eog(self._vocab, token): return True
             out.append(token)
             if len(out) >= max_tokens or any(s in self.detokenize(out) for s in stop): return True
         return False
