@@ -7,7 +7,7 @@ __all__ = ['Prompt', 'base_folder', 'load_base', 'make_prompt', 'encode', 'piece
            'answer_tree', 'lm_callable', 'token_logprobs', 'divergence']
 
 # %% ../nbs/41_lm.ipynb #327f389c
-import contextlib, copy, json, os, shutil, tempfile
+import copy, json, os, shutil, tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
@@ -66,7 +66,9 @@ def base_folder(model_name_or_path: str   # 'bundled:smollm2-135m', a hub id, or
         if not out.exists():
             with file_errors(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}-') as scratch:
                 _from_gguf(path, Path(scratch)/'hf')
-                with contextlib.suppress(OSError) if out.exists() else contextlib.nullcontext(): os.replace(Path(scratch)/'hf', out)
+                try: os.replace(Path(scratch)/'hf', out)
+                except OSError:
+                    if not out.exists(): raise   # else another process was first, with the same content
         return out
     if Path(model_name_or_path).is_dir():
         if not (Path(model_name_or_path)/'config.json').is_file(): raise _not_there(model_name_or_path, 'is a folder without a transformers language model in it', 'no config.json')
