@@ -490,7 +490,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'edgenb.ranking.abstention_curve': ('ranking.html#abstention_curve', 'edgenb/ranking.py'),
                                 'edgenb.ranking.abstention_figure': ('ranking.html#abstention_figure', 'edgenb/ranking.py'),
                                 'edgenb.ranking.average_precision': ('ranking.html#average_precision', 'edgenb/ranking.py'),
-                                'edgenb.ranking.category3': ('ranking.html#category3', 'edgenb/ranking.py'),
                                 'edgenb.ranking.effort_figure': ('ranking.html#effort_figure', 'edgenb/ranking.py'),
                                 'edgenb.ranking.expected_calibration_error': ( 'ranking.html#expected_calibration_error',
                                                                                'edgenb/ranking.py'),
