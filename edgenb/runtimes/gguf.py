@@ -53,7 +53,9 @@ class Gguf(Runtime):
     def load(cls, path, num_threads=1):
         "A function from texts, an array (n,) or {'text': it}, to {'logits': log-likelihood of every answer (n, answers), 'embedding': (n, width)}."
         engine, prompt = open_model(path, num_threads)
-        return lambda x, whole=False: engine.score(_texts(x), prompt)
+        def run(x, whole=False): return engine.score(_texts(x), prompt)
+        run.token_logprobs = lambda notes, answers: engine.token_logprobs(notes, answers, prompt)   # for `verify`
+        return run
 
     @classmethod
     def speed(cls, path: Path, notes: list, num_threads: int = 1, tokens: int = 64) -> dict:
