@@ -96,14 +96,14 @@ SURE, NEAR = 0.6, 8
 _TOKEN = re.compile(r"[^\W_]+(?:[/&'.+-][^\W_]+)*[/+]?")
 _AGE = re.compile(r'(?<=\d)(y/?o)(?![\w/])', re.I)
 
-def _closeness(tokens, lower, text, n):
-    "{word: 1 for a neighbour, 1/2 for the next but one ..., half of that beyond each comma or end of a sentence}"
+def _closeness(lower, ends, n):
+    "{word: 1 for a neighbour of token n, 1/2 for the next but one ..., half of that beyond each comma or end of a sentence}"
     near = {}
     for step, mark in ((-1, '#<'), (1, '#>')):
         weight = 1.0
         for distance in range(1, NEAR + 1):
-            if not 0 <= (k := n + step*distance) < len(tokens): break
-            if re.search(r'[.,;\n](?!\d)', text[min(tokens[k][1], tokens[k - step][1]):max(tokens[k][0], tokens[k - step][0])]): weight /= 2
+            if not 0 <= (k := n + step*distance) < len(lower): break
+            if ends[min(k, k - step)]: weight /= 2
             near[lower[k]] = max(near.get(lower[k], 0), weight/distance)
             if distance == 1 and lower[k][0].isdigit(): near[mark] = weight
     return near
@@ -130,6 +130,7 @@ def expand(text: str,
     table = table.table if isinstance(table, Abbreviations) else table['table']
     tokens = [(m.start(), m.end(), m.group()) for m in _TOKEN.finditer(text)]
     lower, found = [t.lower() for *_, t in tokens], []
+    ends = [any(c in ',.;\n' for c in text[end:start]) for (_, end, _), (start, _, _) in zip(tokens, tokens[1:])]   # something ends after token n
     for n, (start, end, said) in enumerate(tokens):
         entry, used = _entry(table, said)
         parts = [(start, used, entry)] if entry else []
@@ -139,7 +140,7 @@ def expand(text: str,
                 if entry: parts.append((start + m.start(), used, entry))
         if not parts and (m := _AGE.search(said)) and 'yo' in table: parts = [(start + m.start(), m.end() - m.start(), table['yo'])]   # 54yo
         for at, used, entry in parts:
-            sense = _chosen(entry['senses'], _closeness(tokens, lower, text, n) if len(entry['senses']) > 1 else {})
+            sense = _chosen(entry['senses'], _closeness(lower, ends, n) if len(entry['senses']) > 1 else {})
             if sense: found.append((at, at + used, text[at:at + used], sense))
     out, last = [], 0
     for start, end, _, sense in found:
