@@ -7,11 +7,11 @@ __all__ = ['METHODS', 'MERGED', 'packed', 'padded', 'answer_loss', 'batches', 'a
            'base_digest', 'train', 'adapter_facts', 'load_tuned', 'merge']
 
 # %% ../nbs/48_lora.ipynb #383f561f
-import contextlib, json, logging, math, os, shutil, tempfile, time, warnings
+import contextlib, json, math, os, shutil, tempfile, time
 from pathlib import Path
 import numpy as np
 from .core import EdgenbError, did_you_mean, digest, digest_of, file_errors, progress, within, write_json
-from .lm import Prompt, answer_of, base_folder, encode, load_base, mask_of, pieces_of, tree
+from .lm import Prompt, answer_of, base_folder, encode, load_base, mask_of, pieces_of, quiet, tree
 from .measure import peak_memory_mb
 from .size import safetensors_shapes
 
@@ -73,7 +73,7 @@ _RATES = {'lora': 1e-3, 'qlora': 1e-3, 'ia3': 1e-2, 'prefix': 1e-2, 'adapter': 1
 
 def added(model, method: str, lora_r: int, lora_alpha: int):
     "A model with the trainable weights of a method; `lora_r` is the rank, or the number of learned tokens."
-    with _quiet():
+    with quiet():
         from peft import AdaptionPromptConfig, IA3Config, LoraConfig, PrefixTuningConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
         task = {'task_type': TaskType.CAUSAL_LM}
         config = {'ia3': lambda: IA3Config(**task), 'prefix': lambda: PrefixTuningConfig(num_virtual_tokens=lora_r, **task),
@@ -82,21 +82,6 @@ def added(model, method: str, lora_r: int, lora_alpha: int):
         if method == 'qlora': model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         try: return get_peft_model(model, config)
         except (ValueError, KeyError) as e: raise EdgenbError(f'{method} cannot be added to a {model.config.model_type} model ({str(e).splitlines()[0][:120]}): pass lora') from None
-
-@contextlib.contextmanager
-def _quiet():
-    "Loading bars, and what libraries say about optional parts of themselves."
-    from transformers.utils import logging as told
-    shown, level = told.is_progress_bar_enabled(), told.get_verbosity()
-    told.disable_progress_bar(); told.set_verbosity_error()
-    for name in ('bitsandbytes', 'torchao', 'peft'): logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', FutureWarning)
-            yield
-    finally:
-        told.set_verbosity(level)
-        if shown: told.enable_progress_bar()
 
 # %% ../nbs/48_lora.ipynb #6fd8fb65
 def bf16_here() -> bool:
@@ -173,7 +158,7 @@ def _loaded(base: Path, method: str, bf16: bool):
         from transformers import BitsAndBytesConfig
         kind = torch.bfloat16 if bf16 else torch.float32
         options = {'quantization_config': BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind), 'device_map': 'cuda' if torch.cuda.is_available() else 'cpu'}
-    with _quiet(): model, tokenizer = load_base(base, **options)
+    model, tokenizer = load_base(base, **options)
     tied = model.get_input_embeddings().weight
     for m in model.modules():
         if bf16 and method != 'qlora' and type(m) is torch.nn.Linear and m.weight is not tied: m.weight.data = m.weight.data.to(torch.bfloat16)
@@ -263,6 +248,7 @@ def train(model_name_or_path: str,    # 'bundled:smollm2-135m', a hub id or a fo
           num_threads: int = 1, seed: int = 0) -> dict:   # what was done, history, and memory in MB
     "Fine-tune: adapter, prompt and facts are left in `folder`, whole or not at all."
     import torch
+    with quiet(): import peft, transformers.trainer   # before memory is looked at
     folder, work = Path(folder), Path(work)
     _refused(method, folder, examples, held, num_train_epochs=num_train_epochs, batch_size=batch_size, lora_r=lora_r, lora_alpha=lora_alpha, patience=patience, num_threads=num_threads)
     base, bf16, started, before = base_folder(model_name_or_path), bf16_here(), (time.perf_counter(), time.process_time()), torch.get_num_threads()
@@ -290,7 +276,7 @@ def train(model_name_or_path: str,    # 'bundled:smollm2-135m', a hub id or a fo
                  'seconds': round(time.perf_counter() - started[0], 1), 'cpu_seconds': round(time.process_time() - started[1], 1)}
     finally: torch.set_num_threads(before)
     def fill(new):
-        with _quiet(): model.save_pretrained(new)
+        with quiet(): model.save_pretrained(new)
         (new/'README.md').unlink(missing_ok=True)   # peft's empty form of a model card
         write_json(new/'prompt.json', prompt.to_dict()); write_json(new/'training.json', facts)
     _leave(folder, fill)
@@ -314,7 +300,7 @@ def load_tuned(folder: str | Path,              # that `train` left
     "A base with its adapter."
     base = _base_of(folder, model_name_or_path)
     from peft import PeftModel
-    with _quiet():
+    with quiet():
         model, tokenizer = load_base(base)
         try: model = PeftModel.from_pretrained(model, folder).eval()
         except (OSError, ValueError, RuntimeError, KeyError) as e: raise EdgenbError(f'{folder}: the adapter cannot be read ({str(e).splitlines()[0][:120]}): train again, or copy it again') from None
@@ -327,7 +313,7 @@ def _full_precision(base: Path):
     try: config = json.loads((base/'config.json').read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise EdgenbError(f'{base} holds no config.json that can be read ({type(e).__name__})') from None
     if how := config.get('quantization_config'): raise EdgenbError(f"merge: {base} is quantized ({how.get('quant_method', 'in some way')}): what is added to rounded weights is lost. Pass the base in full precision")
-    with _quiet(): model, tokenizer = load_base(base)
+    model, tokenizer = load_base(base)
     if odd := sorted({str(p.dtype) for p in model.parameters()} - {'torch.float32'}): raise EdgenbError(f"merge: {base} has weights in {', '.join(odd)}, not in torch.float32: pass the base in full precision")
     return model, tokenizer
 
@@ -344,7 +330,7 @@ def merge(adapter_folder: str | Path,         # that `train` left
     base = base_folder(model_name_or_path or about['model_name_or_path'])
     model, tokenizer = _full_precision(base)
     _base_of(adapter_folder, model_name_or_path)
-    with _quiet(): tuned = PeftModel.from_pretrained(model, adapter_folder).eval()
+    with quiet(): tuned = PeftModel.from_pretrained(model, adapter_folder).eval()
     prompt = Prompt.from_dict(json.loads((Path(adapter_folder)/'prompt.json').read_text(encoding='utf-8')))
     ids = torch.tensor([encode(tokenizer, prompt, 'Clinical note', prompt.answers[0])[0]])
     with torch.inference_mode(): before = tuned(input_ids=ids).logits
@@ -354,6 +340,6 @@ def merge(adapter_folder: str | Path,         # that `train` left
     if not difference <= 1e-3*before.abs().max().item(): raise EdgenbError(f'merge: a logit changed by {difference:.3g}, of at most {before.abs().max().item():.3g}: this adapter cannot be merged into {base}')
     if tied != bool(merged.config.tie_word_embeddings): raise EdgenbError(f'merge: input and output embeddings are {"" if tied else "no longer "}one tensor: train without them')
     def fill(new):
-        with _quiet(): merged.save_pretrained(new); tokenizer.save_pretrained(new)
+        with quiet(): merged.save_pretrained(new); tokenizer.save_pretrained(new)
     _leave(out, fill)
     return {'largest_logit_difference': difference, 'logit_range': [before.min().item(), before.max().item()], 'tied': tied, 'parameters': sum(p.numel() for p in merged.parameters()), 'dtype': 'float32'}
