@@ -590,7 +590,7 @@ class Deidentifier:
         "A place without the clinical words before it; None if nothing else is left."
         found, gone = list(n.p['word'].finditer(text, f.start, f.end)), 0
         generic = lambda w: w in _KEPT or (n.plain(w) and not n.is_name(w)) or w in ('outpatient', 'inpatient', 'local', 'acute', 'long', 'term', 'skilled', 'primary', 'mental', 'behavioral', 'public', 'wound', 'pain', 'women’s', "women's")
-        if f.kind == 'city': return None if any(n.plain(m[0].lower()) for m in found) else f
+        if f.kind == 'city': return None if any(c.isdigit() for c in text[f.start:f.end]) or any(n.plain(m[0].lower()) for m in found) else f
         while found and n.plain(found[0][0].lower()) and found[0][0].lower() not in ('st', 'la', 'el', 'los', 'las') and found[0][0].lower() not in _KEPT: found.pop(0)
         return Found(found[0].start(), f.end, f.kind, f.score) if found and not all(generic(m[0].lower()) for m in found) else None
 
