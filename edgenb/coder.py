@@ -52,7 +52,7 @@ def _without(text, begin, end):
 def _runs(text, words, effect):
     "Runs of the words that carry at least a third of what the strongest one does; one weak word inside is bridged."
     strong = np.flatnonzero(effect >= max(effect.max()/3, 1e-9))
-    joined = [r for r in np.split(strong, np.flatnonzero(np.array([j - i > 2 or bool(re.search(r'[.!?;\n]', text[words[i][1]:words[j][0]])) for i, j in zip(strong, strong[1:])], bool)) + 1) if len(r)]
+    joined = [r for r in np.split(strong, np.flatnonzero(np.array([j - i > 2 or bool(re.search(r'[.,:;!?\n]', text[words[i][1]:words[j][0]])) for i, j in zip(strong, strong[1:])], bool)) + 1) if len(r)]
     return sorted(((words[r[0]][0], words[r[-1]][1]) for r in joined), key=lambda s: -sum(v for w, v in zip(words, effect) if s[0] <= w[0] < s[1]))
 
 def evidence(model,             # texts (n,) -> {'logits': (n, answers)}
@@ -325,8 +325,8 @@ def review(notes: list,            # of `Note`
         except Exception as e: desk.message = f'not recorded ({type(e).__name__}): {e}'   # ipywidgets would hide it in a log
         _draw(desk, p)
     def typed(text, enter):
-        do(desk.command, text) if enter else do(_not_entered)
-        p['command'].focus()
+        do(desk.command if enter else _not_entered, text)
+        if enter: p['command'].focus()
     def other(_):
         do(desk.correct, p['other'].value)
         p['other'].value = ''
@@ -341,7 +341,7 @@ def review(notes: list,            # of `Note`
     box.desk, box.parts = desk, p
     return box
 
-def _not_entered(): raise EdgenbError('nothing was done: press Enter in the command line')
+def _not_entered(text): raise EdgenbError('nothing was done: press Enter in the command line')
 
 # %% ../nbs/46_coder.ipynb #cad2e347
 def after_confirmation(probabilities: np.ndarray,   # (n, codes)
