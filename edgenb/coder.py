@@ -287,13 +287,13 @@ def _entered(box, act):
 def _parts(desk):
     "The widgets, by name."
     import ipywidgets as w
-    button = lambda label, tip, **kw: w.Button(description=label, tooltip=tip, layout=w.Layout(width='auto'), **kw)
+    button = lambda label, tip, width='auto', **kw: w.Button(description=label, tooltip=tip, layout=w.Layout(width=width), **kw)
     most = max(map(len, desk.suggestions))
-    return {'status': w.HTML(), 'text': w.HTML(), 'rows': [(button(str(i), f'look at suggestion {i}'), w.HTML()) for i in range(1, most + 1)],
+    return {'status': w.HTML(), 'text': w.HTML(), 'rows': [(button(str(i), f'look at suggestion {i}', '15em'), w.HTML()) for i in range(1, most + 1)],
             'take': button('Take it', 'decide for the suggestion that is looked at', button_style='primary'), 'reject': button('Reject', 'no code fits'),
             'other': w.Combobox(options=[f'{c}  {d}' for c, d in list(desk.codes.items())[:2000]], placeholder='another code', continuous_update=False),
             'correct': button('Correct', 'decide for the code on the left'), 'previous': button('Previous', 'previous note'), 'next': button('Next', 'next note'),
-            'undo': button('Undo', 'take the last decision back'), 'command': w.Text(description='command', placeholder='1 to take, x to reject, c I10 to correct, then Enter', continuous_update=False, layout=w.Layout(width='32em'))}
+            'undo': button('Undo', 'take the last decision back'), 'command': w.Text(description='command', placeholder='1 to take, x to reject, c I10 to correct, then Enter', continuous_update=False, layout=w.Layout(width='40em'))}
 
 def _draw(desk, p):
     d = desk.decisions.state(desk.note.id)
@@ -324,15 +324,16 @@ def review(notes: list,            # of `Note`
         except EdgenbError as e: desk.message = str(e)
         except Exception as e: desk.message = f'not recorded ({type(e).__name__}): {e}'   # ipywidgets would hide it in a log
         _draw(desk, p)
-    def typed(text, enter):
-        do(desk.command if enter else _not_entered, text)
-        if enter: p['command'].focus()
+    def pressed(name, *arguments):
+        do(getattr(desk, name), *arguments)
+        p['command'].focus()
+    def typed(text, enter): pressed('command', text) if enter else do(_not_entered)
     def other(_):
-        do(desk.correct, p['other'].value)
+        pressed('correct', p['other'].value)
         p['other'].value = ''
-    for i, (button, _) in enumerate(p['rows'], 1): button.on_click(lambda _, i=i: do(desk.view, i))
-    p['take'].on_click(lambda _: do(desk.take, desk.chosen + 1))
-    for name in ('reject', 'previous', 'next', 'undo'): p[name].on_click(lambda _, name=name: do(getattr(desk, name)))
+    for i, (button, _) in enumerate(p['rows'], 1): button.on_click(lambda _, i=i: pressed('view', i))
+    p['take'].on_click(lambda _: pressed('take', desk.chosen + 1))
+    for name in ('reject', 'previous', 'next', 'undo'): p[name].on_click(lambda _, name=name: pressed(name))
     p['correct'].on_click(other)
     _entered(p['command'], typed)
     _draw(desk, p)
@@ -341,7 +342,7 @@ def review(notes: list,            # of `Note`
     box.desk, box.parts = desk, p
     return box
 
-def _not_entered(text): raise EdgenbError('nothing was done: press Enter in the command line')
+def _not_entered(): raise EdgenbError('nothing was done: press Enter in the command line')
 
 # %% ../nbs/46_coder.ipynb #cad2e347
 def after_confirmation(probabilities: np.ndarray,   # (n, codes)
