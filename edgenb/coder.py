@@ -52,7 +52,7 @@ def _without(text, begin, end):
 def _runs(text, words, effect):
     "Runs of the words that carry at least a third of what the strongest one does; one weak word inside is bridged."
     strong = np.flatnonzero(effect >= max(effect.max()/3, 1e-9))
-    joined = [r for r in np.split(strong, np.flatnonzero(np.array([j - i > 2 or bool(re.search(r'[.!?;\n]', text[words[i][1]:words[j][0]])) for i, j in zip(strong, strong[1:])], bool)) + 1) if len(r)]
+    joined = [r for r in np.split(strong, np.flatnonzero(np.array([j - i > 2 or bool(re.search(r'[.,:;!?\n]', text[words[i][1]:words[j][0]])) for i, j in zip(strong, strong[1:])], bool)) + 1) if len(r)]
     return sorted(((words[r[0]][0], words[r[-1]][1]) for r in joined), key=lambda s: -sum(v for w, v in zip(words, effect) if s[0] <= w[0] < s[1]))
 
 def evidence(model,             # texts (n,) -> {'logits': (n, answers)}
@@ -287,13 +287,13 @@ def _entered(box, act):
 def _parts(desk):
     "The widgets, by name."
     import ipywidgets as w
-    button = lambda label, tip, **kw: w.Button(description=label, tooltip=tip, layout=w.Layout(width='auto'), **kw)
+    button = lambda label, tip, width='auto', **kw: w.Button(description=label, tooltip=tip, layout=w.Layout(width=width), **kw)
     most = max(map(len, desk.suggestions))
-    return {'status': w.HTML(), 'text': w.HTML(), 'rows': [(button(str(i), f'look at suggestion {i}'), w.HTML()) for i in range(1, most + 1)],
+    return {'status': w.HTML(), 'text': w.HTML(), 'rows': [(button(str(i), f'look at suggestion {i}', '15em'), w.HTML()) for i in range(1, most + 1)],
             'take': button('Take it', 'decide for the suggestion that is looked at', button_style='primary'), 'reject': button('Reject', 'no code fits'),
             'other': w.Combobox(options=[f'{c}  {d}' for c, d in list(desk.codes.items())[:2000]], placeholder='another code', continuous_update=False),
             'correct': button('Correct', 'decide for the code on the left'), 'previous': button('Previous', 'previous note'), 'next': button('Next', 'next note'),
-            'undo': button('Undo', 'take the last decision back'), 'command': w.Text(description='command', placeholder='1 to take, x to reject, c I10 to correct, then Enter', continuous_update=False, layout=w.Layout(width='32em'))}
+            'undo': button('Undo', 'take the last decision back'), 'command': w.Text(description='command', placeholder='1 to take, x to reject, c I10 to correct, then Enter', continuous_update=False, layout=w.Layout(width='40em'))}
 
 def _draw(desk, p):
     d = desk.decisions.state(desk.note.id)
@@ -324,15 +324,16 @@ def review(notes: list,            # of `Note`
         except EdgenbError as e: desk.message = str(e)
         except Exception as e: desk.message = f'not recorded ({type(e).__name__}): {e}'   # ipywidgets would hide it in a log
         _draw(desk, p)
-    def typed(text, enter):
-        do(desk.command, text) if enter else do(_not_entered)
+    def pressed(name, *arguments):
+        do(getattr(desk, name), *arguments)
         p['command'].focus()
+    def typed(text, enter): pressed('command', text) if enter else do(_not_entered)
     def other(_):
-        do(desk.correct, p['other'].value)
+        pressed('correct', p['other'].value)
         p['other'].value = ''
-    for i, (button, _) in enumerate(p['rows'], 1): button.on_click(lambda _, i=i: do(desk.view, i))
-    p['take'].on_click(lambda _: do(desk.take, desk.chosen + 1))
-    for name in ('reject', 'previous', 'next', 'undo'): p[name].on_click(lambda _, name=name: do(getattr(desk, name)))
+    for i, (button, _) in enumerate(p['rows'], 1): button.on_click(lambda _, i=i: pressed('view', i))
+    p['take'].on_click(lambda _: pressed('take', desk.chosen + 1))
+    for name in ('reject', 'previous', 'next', 'undo'): p[name].on_click(lambda _, name=name: pressed(name))
     p['correct'].on_click(other)
     _entered(p['command'], typed)
     _draw(desk, p)
