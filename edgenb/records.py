@@ -40,8 +40,11 @@ def word_features(texts: list, dimensions: int = 60, seed: int = 0) -> np.ndarra
 
 # %% ../nbs/50_records.ipynb #605ecc5f
 def spread(notes: list, shares: dict, seed: int = 0) -> list:   # of Note
-    "Notes with a split each, patients and near-copies kept together; what the source says of its splits holds."
-    if all(n.split for n in notes): return notes
+    "Notes with a split each, patients and near-copies kept together; what the source says of its splits holds, but for the field's share of the training patients."
+    if all(n.split for n in notes):
+        patients = sorted({n.patient or n.id for n in notes if n.split == 'train'})
+        later = set(np.random.default_rng(seed).permutation(patients)[:round(shares.get('field', 0)*len(patients))])
+        return [replace(n, split='field') if n.split == 'train' and (n.patient or n.id) in later else n for n in notes]
     ids = {p: i for i, p in enumerate(dict.fromkeys(n.patient or n.id for n in notes))}
     near, parent = alike([n.text for n in notes]).clusters, {}
     def root(x):
@@ -83,6 +86,11 @@ def _checked_codes(notes, system):
     wrong = {p[0]: p[1:] for p in problems(sorted(known))}
     rows = [{'note': n.id, 'code': c.code, 'problem': wrong[c.code][0], 'instead': wrong[c.code][1]} for n in notes for c in n.codes if c.system == system and c.code in wrong]
     return [replace(n, codes=tuple(c for c in n.codes if c.system != system or c.code not in wrong)) for n in notes], rows
+
+def _group(note):
+    "What results are also reported by: the language; of invented notes, whether the problem is said as in training."
+    from edgenb.clinic import is_unseen
+    return note.language if note.kind != 'synthetic' else 'said otherwise' if is_unseen(note) else 'said as in training'
 
 def _gates(examples, classes, texts, twins, min_per_class, label_accuracy, confidence, problems, recall, judged, seed):
     "The certificate of notes."
@@ -132,10 +140,12 @@ def data(run,
     chosen = sorted(classes) or sorted(c for c, n in counts.items() if n >= min_per_class)
     if len(chosen) < 2: raise EdgenbError(f'{source}: {len(chosen)} code(s) have {min_per_class} training notes: collect more, or pass a smaller min_per_class')
     left_out = [n for n in notes if primary(n) not in chosen]
-    clean, codes, examples, units = [], {}, [], []
+    clean, codes, examples, units, groups = [], {}, [], [], {}
+    def hashed(name): return hashlib.sha256(name.encode()).hexdigest()[:12]   # names of notes and patients may say who they are
     kept = [n for n in notes if primary(n) in chosen]
     for n, (text, mapping) in zip(kept, maker.many([n.text for n in kept], [n.patient or n.id for n in kept])):
-        clean.append(replace(n, text=text, codes=tuple(replace(c, spans=tuple(move_spans(c.spans, mapping))) for c in n.codes), id=hashlib.sha256(n.id.encode()).hexdigest()[:12], patient=hashlib.sha256((n.patient or n.id).encode()).hexdigest()[:12]))
+        groups[hashed(n.id)] = _group(n)
+        clean.append(replace(n, text=text, codes=tuple(replace(c, spans=tuple(move_spans(c.spans, mapping))) for c in n.codes), id=hashed(n.id), patient=hashed(n.patient or n.id)))
     order = {s: i for i, s in enumerate(('train', 'validation', 'field', 'test'))}
     first = 0
     for n in progress(sorted(clean, key=lambda n: order[n.split]), desc='freezing notes', unit='note'):
@@ -143,10 +153,10 @@ def data(run,
         for p in parts:
             file = run.new(f"notes/{p.id.replace(' ', '-')}.txt")
             file.write_text(p.text, encoding='utf-8', newline='\n')
-            examples.append(Example(p.id, f'notes/{file.name}', primary(n), n.language, kind=n.kind if kind == 'real' else kind, split=n.split, sha256=digest(file)))
+            examples.append(Example(p.id, f'notes/{file.name}', primary(n), groups[n.id], kind=n.kind if kind == 'real' else kind, split=n.split, sha256=digest(file)))
             codes[p.id] = [asdict(c) for c in p.codes]
         if n.split == 'test':
-            units.append(Unit(n.id, primary(n), n.language, n.patient, first, first + len(parts)))
+            units.append(Unit(n.id, primary(n), groups[n.id], n.patient, first, first + len(parts)))
             first += len(parts)
     texts = [(run.out/e.path).read_text(encoding='utf-8') for e in examples]
     certificate = _gates(examples, chosen, texts, alike(texts), min_per_class, label_accuracy, confidence, problems, recall, len(units), seed)
@@ -170,8 +180,8 @@ def _outside_learn(decisions, source, **_):
 def frozen_notes(run, part: str) -> list:   # of Note
     "The frozen notes of a split, with their codes."
     from edgenb.encoder import codes_of
-    known = codes_of(run)
-    return [Note(e.id, e.read().decode(), tuple(Code(**c | {'spans': tuple(map(tuple, c['spans']))}) for c in known[e.id]), language=e.group, kind=e.kind, split=e.split) for e in examples_of(run, part)]
+    known, language = codes_of(run), run.card('data').result['language']
+    return [Note(e.id, e.read().decode(), tuple(Code(**c | {'spans': tuple(map(tuple, c['spans']))}) for c in known[e.id]), language=language, kind=e.kind, split=e.split) for e in examples_of(run, part)]
 
 @room(8, needs=('data', 'ship'), libraries=LIBRARIES, reads=_outside_learn)
 def learn(run,
