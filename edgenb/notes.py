@@ -204,7 +204,7 @@ def _plain(text):
     return ''.join(unicodedata.normalize('NFD', c)[0].lower()[:1] or c for c in text)
 
 _NAMES = {_plain(alias): name for name, aliases in SECTIONS.items() for alias in aliases.split('|')}
-_SHORT = {alias for aliases in SECTIONS.values() for alias in aliases.split('|') if len(alias) <= 4}
+_SHORT = {alias for aliases in SECTIONS.values() for alias in aliases.split('|') if len(alias) <= 3}
 _HEADING = re.compile(r'(?:^[ \t*#]*|(?<=[.;!?]) +)([^\W\d][\w/&-]*(?: [\w/&-]+){0,3})(?:[ \t]*\**:|[ \t]*$)', re.M)
 
 def sections(text: str) -> list:   # of (name, start, end), which follow each other from 0 to the end of the text
@@ -213,7 +213,7 @@ def sections(text: str) -> list:   # of (name, start, end), which follow each ot
     for m in _HEADING.finditer(text):
         said = m.group(1)
         name = _NAMES.get(_plain(said))
-        if name is None or (len(said) <= 4 and said not in _SHORT and not said.isupper()): continue
+        if name is None or (len(said) <= 3 and said not in _SHORT and not said.isupper()): continue
         if m.group(0).endswith(':') or (m.start() == 0 or text[m.start() - 1] == '\n') and len(said) > 2: starts.append((name, m.start(1)))
     if not starts or text[:starts[0][1]].strip(): starts.insert(0, ('', 0))
     else: starts[0] = (starts[0][0], 0)
