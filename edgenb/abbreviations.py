@@ -142,7 +142,7 @@ def expand(text: str,
     for n, (start, end, said) in enumerate(tokens):
         for at, used, entry in _parts(table, said):
             at += start
-            sense = _chosen(entry['senses'], _closeness(lower, ends, n) if len(entry['senses']) > 1 else {})
+            sense = _chosen(entry['senses'], _closeness(lower, ends, n) | {'#:': text[end:end + 1] == ':'} if len(entry['senses']) > 1 else {})
             if sense: found.append((at, at + used, text[at:at + used], sense))
     out, last = [], 0
     for start, end, _, sense in found:

@@ -146,7 +146,7 @@ GOOD = '{"id": "1", "text": "asthma Rosa", "codes": ["J45.909"]}\n'
     ('{"id": 1, "text": "Rosa", "codes": ["I10", "i10"]}', 'I10 is there twice'), ('{"id": 1, "text": "Rosa", "codes": ["E11"]}', 'line 1: E11: not billable: choose one of'), ('{"id": 1, "text": "Rosa", "codes": ["I60.21"]}', 'retired'),
     ('{"id": 1, "text": "Rosa", "codes": ["Rosa"]}', 'line 1: a text of 4 characters is no'), ('{"id": 1, "text": "Rosa", "codes": [{"code": "I10", "spans": [[2, 5]]}]}', 'line 1: a span of I10'),
     ('{"id": 1, "text": "Rosa", "codes": [{"code": "I10", "span": []}]}', "unknown entry 'span'"), ('{"id": 1, "text": "Rosa", "codes": [7]}', 'line 1: a code is int'), ('{"id": 1, "text": "Rosa", "codes": {"I10": 1}}', 'codes must be a list'),
-    ('{"id": 1, "text": "Rosa", "language": "fr"}', "language 'fr'"), ('{"id": 1, "text": "Rosa", "split": "dev"}', "split 'dev'"), ('{"id": 1, "text": "Rosa", "codes": [{"code": "I10", "system": "ICD-9"}]}', "no code system 'ICD-9'")])
+    ('{"id": 1, "text": "Rosa", "language": "fr"}', 'the language must be one of en, es'), ('{"id": 1, "text": "Rosa", "split": "dev"}', 'the split must be one of'), ('{"id": {"a": "Rosa"}, "text": "Rosa"}', 'has no id'), ('{"id": 1, "text": "Rosa \\ud800"}', 'half a character'), ('{"id": 1, "text": "Rosa", "codes": [{"code": "I10", "system": "ICD-9"}]}', "no code system 'ICD-9'")])
 def test_a_bad_line_is_named_with_file_and_line_and_no_text_of_the_note(tmp_path, text, message):
     (path := tmp_path/'notes.jsonl').write_text(text)
     with pytest.raises(EdgenbError, match=message) as e: read_notes(path)
@@ -211,7 +211,7 @@ def test_the_layout_of_codiesp_is_read_in_both_languages_with_evidence_in_spanis
 
 @pytest.mark.parametrize('name, old, new, message', [
     ('testD.tsv', 'test-1\tr07.9', 'test-9\tr07.9', 'line 1: there is no text'), ('testD.tsv', '\tr50.9', ' r50.9', 'line 2: 1 cells'), ('testD.tsv', 'r50.9', 'fiebre', 'line 2: a text of 6 characters is no'),
-    ('testX.tsv', '10 24', '10 99', 'line 1: the evidence'), ('testX.tsv', '10 24', '10-24', 'line 1: the evidence'), ('testX.tsv', 'r50.9', 'r50.8', 'line 2: R50.8 is not among'), ('testP.tsv', 'b24b', 'b2ob', 'line 1: .* no ICD-10-PCS')])
+    ('testX.tsv', '10 24', '10 99', 'line 1: the evidence'), ('testX.tsv', '10 24', '10-24', 'line 1: the evidence'), ('testX.tsv', 'r50.9', 'r50.8', 'line 2: R50.8 is not among'), ('testX.tsv', 'PROCED', 'PRECED', 'line 3: the second cell'), ('testX.tsv', 'r50.9', 'fiebre', 'line 2: a text of 6'), ('testP.tsv', 'b24b', 'b2ob', 'line 1: .* no ICD-10-PCS')])
 def test_a_faulty_copy_of_codiesp_is_refused_by_file_and_line(layout, name, old, new, message):
     path = layout/'test'/name
     assert old in path.read_text()
