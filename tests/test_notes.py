@@ -56,9 +56,9 @@ def test_the_table_agrees_with_the_package_it_is_made_of_and_is_there_at_once():
     cm = pytest.importorskip('simple_icd_10_cm')
     for code in ('B99', 'B20', 'T07', 'E11', 'E11.9', 'S22.49XA', 'QA0', 'H40.1131'):
         assert (lookup(code).description, lookup(code).billable) == (' '.join(cm.get_description(code).split()), cm.is_leaf(code))
-    assert set(icd.icd10cm()) == set(cm.get_all_codes(True))
+    assert set(icd.icd10cm()) == set(cm.get_all_codes(True)) and icd._rows(icd._built()) == icd.icd10cm()
     script = 'import time, sys; from edgenb.codes import icd10cm; t = time.process_time(); icd10cm(); print(time.process_time() - t, "simple_icd_10_cm" in sys.modules)'
-    best = min((subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout.split() for _ in range(3)), key=lambda s: float(s[0]))
+    best = min((subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout.split() for _ in range(2)), key=lambda s: float(s[0]))
     assert best[1] == 'False' and float(best[0]) < 0.3
 
 
@@ -271,6 +271,7 @@ def test_fifty_pages_and_worse_are_cut_in_time():
         windows(text, 250, 50); sections(text)
         assert time.perf_counter() - start < 3
     assert windows('word '*1000, 250)[1] == (1250, 2500)
+    assert windows('A b. C d. E f.', 4, 1) == [(0, 10), (10, 14)] and windows('A b. C d. E f.', 4, 2) == [(0, 10), (5, 14)]
     with pytest.raises(EdgenbError, match='overlap'): windows('a b', 5, 5)
 
 
@@ -304,6 +305,7 @@ def test_what_was_written_out_is_where_it_is_said_to_be_and_the_rest_is_untouche
 def test_what_is_unclear_is_left_as_it_is():
     table = Abbreviations({'xy': {'write': 'XY', 'senses': [['one', 0.5, ['left']], ['two', 0.5, ['right']]]}})
     assert [expand(t, table)[0] for t in ('xy', 'left xy', 'right XY', 'left xy right')] == ['xy', 'left one', 'right two', 'left xy right']
+    assert [expand(t, table)[0] for t in ('left xy not right', 'left not xy right', 'left. xy right')] == ['left one not right', 'left not two right', 'left. two right']
     assert expand('xy', Abbreviations({'xy': {'write': 'XY', 'senses': [['one', 0.7, []], ['two', 0.3, []]]}}))[0] == 'one'
 
 
@@ -349,6 +351,15 @@ def test_evidence_is_an_expression_of_its_code():
     said |= {c: {e.lower() for e in phrases} for c, phrases in clinic.bank()['procedure'].items()}
     for n in notes:
         for c in n.codes: assert c.spans and all(n.text[a:b].lower() in said[c.code] for a, b in c.spans), (n.text, c)
+
+
+def test_a_side_is_often_said_apart_from_its_diagnosis_and_both_are_evidence():
+    sided = [(n, c) for n in generate(800, seed=7, typos=0) for c in n.codes if clinic.problems().get(c.code, {}).get('side')]
+    apart = [(n, c) for n, c in sided if len(c.spans) == 2]
+    assert 0.3 < len(apart)/len(sided) < 0.5
+    for n, c in apart:
+        p, (hurts, diagnosis) = clinic.problems()[c.code], [n.text[a:b] for a, b in c.spans]
+        assert diagnosis in {clinic._with_side(e, p['side'], '') for e in p['expressions']} and set(re.findall(r'[\w()]+', hurts)) & set(clinic.bank()['sides'][p['side']]), (hurts, diagnosis)
 
 
 def test_typing_mistakes_do_not_move_the_evidence_and_leave_identifiers_alone():
@@ -410,6 +421,8 @@ def test_evidence_moves_along_when_the_language_switches(seed, share):
                 before, after = note.text[a:b], mixed.text[c:d]
                 assert after == before or after in spanish.get(before.lower(), ()) or len(after) > 2 and after[0] != ' ' != after[-1]
     assert switch_language(note, 0).text == note.text
+    named = replace(note, text='Cough, Fever c/o cough', codes=())
+    assert clinic._switched(named, [(0, 12, 'NAME')], 1.0, clinic.random.Random(0), 'es')[0].text == 'Cough, Fever refiere tos'
 
 
 def test_spanish_notes_keep_their_codes_evidence_and_identifiers():
