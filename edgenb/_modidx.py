@@ -16,6 +16,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'edgenb.abbreviations._from_toml': ('abbreviations.html#_from_toml', 'edgenb/abbreviations.py'),
                                       'edgenb.abbreviations._inventory_rows': ( 'abbreviations.html#_inventory_rows',
                                                                                 'edgenb/abbreviations.py'),
+                                      'edgenb.abbreviations._parts': ('abbreviations.html#_parts', 'edgenb/abbreviations.py'),
                                       'edgenb.abbreviations._senses': ('abbreviations.html#_senses', 'edgenb/abbreviations.py'),
                                       'edgenb.abbreviations._spaced': ('abbreviations.html#_spaced', 'edgenb/abbreviations.py'),
                                       'edgenb.abbreviations.back': ('abbreviations.html#back', 'edgenb/abbreviations.py'),

@@ -115,6 +115,14 @@ def _entry(table, said):
             if key in table: return table[key], len(form)
     return None, 0
 
+def _parts(table, said):
+    "The shorthand in a token: (start, length, entry)."
+    for pattern in (r'.+', r"[^'-]+", r"[^/'-]{2,}"):   # w/o; pt's, r/o'd; HTN/DM2
+        found = [(m.start(), used, entry) for m in re.finditer(pattern, said) for entry, used in [_entry(table, m.group())] if entry]
+        if found: return found
+    age = _AGE.search(said)   # 54yo
+    return [(age.start(), len(age.group()), table['yo'])] if age and 'yo' in table else []
+
 def _chosen(senses, near):
     "The sense that is meant, `near` telling how close each word is; '' where that is not clear or nothing is to be written out."
     if len(senses) == 1: return senses[0][0]
@@ -132,15 +140,9 @@ def expand(text: str,
     lower, found = [t.lower() for *_, t in tokens], []
     ends = [any(c in ',.;\n' for c in text[end:start]) for (_, end, _), (start, _, _) in zip(tokens, tokens[1:])]   # something ends after token n
     for n, (start, end, said) in enumerate(tokens):
-        entry, used = _entry(table, said)
-        parts = [(start, used, entry)] if entry else []
-        if not entry and re.search(r"[/'-]", said):   # HTN/DM2, pt's
-            for m in re.finditer(r"[^/'-]{2,}", said):
-                entry, used = _entry(table, m.group())
-                if entry: parts.append((start + m.start(), used, entry))
-        if not parts and (m := _AGE.search(said)) and 'yo' in table: parts = [(start + m.start(), m.end() - m.start(), table['yo'])]   # 54yo
-        for at, used, entry in parts:
-            sense = _chosen(entry['senses'], _closeness(lower, ends, n) if len(entry['senses']) > 1 else {})
+        for at, used, entry in _parts(table, said):
+            at += start
+            sense = _chosen(entry['senses'], _closeness(lower, ends, n) | {'#:': text[end:end + 1] == ':'} if len(entry['senses']) > 1 else {})
             if sense: found.append((at, at + used, text[at:at + used], sense))
     out, last = [], 0
     for start, end, _, sense in found:

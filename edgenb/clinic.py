@@ -69,7 +69,7 @@ def _footer(rng, who):
                        [('RTC ', None), (_date(rng), 'DATE')], [('lives in ', None), (who['city'], 'CITY'), (', dtr ', None), (rng.choice(bank()['phi']['first']), 'NAME'), (' ', None), (who['phone'], 'PHONE')]))
 
 # %% ../nbs/39_clinic.ipynb #4356654c
-def _distractor(rng, kind, taken, split):
+def _distractor(rng, kind, taken):
     "A problem that must not be coded: denied, ruled out, past, or of a relative."
     other = rng.choice([p for c, p in problems().items() if c not in taken])
     pool = bank()['elsewhere'][{'ruled out': 'denied'}.get(kind, kind)]
@@ -80,13 +80,13 @@ def _distractor(rng, kind, taken, split):
     return rng.choice(form).format(what)
 
 def _expression(rng, code, split):
-    "(pieces of the diagnosis marked with the code, words for its side where the diagnosis leaves it out, whether it is one of the two unseen)"
+    "(the diagnosis, words for its side where the diagnosis leaves it out, whether it is one of the two unseen, the word for the side)"
     p = problems()[code]
     n = rng.randrange(USED[split])
     word = rng.choice(bank()['sides'][p['side']]) if p['side'] else None
     apart = bool(p['side']) and rng.random() < 0.4
     said = _with_side(p['expressions'][n], p['side'], '' if apart else word)
-    return [(said, code)], _with_side(rng.choice(p['where']), p['side'], word) if apart else '', n >= USED['train'], word
+    return said, _with_side(rng.choice(p['where']), p['side'], word) if apart else '', n >= USED['train'], word
 
 def _visit(rng, who, code, others, split):
     "Sections of a note as (heading, pieces of (text, mark)), and whether the primary expression is unseen."
@@ -98,18 +98,18 @@ def _visit(rng, who, code, others, split):
     symptoms = pick(bank()['groups'][p['group']], rng.randrange(1, 3)) + pick(p['symptoms'], rng.random() < 0.5)
     hpi = [(f"{age} c/o {', '.join(symptoms)} x{rng.randrange(1, 15)}{rng.choice(('d', ' days', 'wk'))}", None)]
     if where: hpi += [(', ', None), (where, code)]
-    if rng.random() < 0.5: hpi += [('. ' + _distractor(rng, 'denied', taken, split), None)]
+    if rng.random() < 0.5: hpi += [('. ' + _distractor(rng, 'denied', taken), None)]
     parts = [('CC', plain([rng.choice(p['complaints'])])), ('HPI', hpi)]
-    if rng.random() < 0.35: parts += [('PMH', plain([_distractor(rng, 'past', taken, split)]))]
-    if rng.random() < 0.2: parts += [('FH', plain([_distractor(rng, 'family', taken, split)]))]
+    if rng.random() < 0.35: parts += [('PMH', plain([_distractor(rng, 'past', taken)]))]
+    if rng.random() < 0.2: parts += [('FH', plain([_distractor(rng, 'family', taken)]))]
     if also and rng.random() < 0.5: parts += [('Meds', plain([re.sub('^cont ', '', also[0]['plan'][0])]))]
     if rng.random() < 0.3: parts += [('All', plain([rng.choice(('NKDA', 'PCN', 'sulfa'))]))]
     if rng.random() < 0.5: parts += [('VS', plain(pick([f'BP {rng.randrange(104, 160)}/{rng.randrange(60, 98)}', f'HR {rng.randrange(58, 110)}', f'T {rng.randrange(970, 1016)/10}', f'SpO2 {rng.randrange(91, 100)}%'], rng.randrange(2, 4))))]
     exam = pick(p['exam'], rng.randrange(1, 3)) + ([_with_side(rng.choice(p['other']), p['side'], word)] if p['side'] and rng.random() < 0.6 else [])
     if rng.random() < 0.6: parts += [('PE', plain(rng.sample(exam, len(exam))))]
-    ruled_out = [('. ' + _distractor(rng, 'ruled out', taken, split), None)] if rng.random() < 0.25 else []
-    listed = [dx + [('. ' + ', '.join(pick(p['plan'], rng.randrange(1, 3))), None)] + ruled_out]
-    for q in also: listed.append(_expression(rng, q['code'], split)[0] + [(f", {rng.choice((q['plan'][0], 'stable, no change', 'same tx'))}", None)])
+    ruled_out = [('. ' + _distractor(rng, 'ruled out', taken), None)] if rng.random() < 0.25 else []
+    listed = [[(dx, code), ('. ' + ', '.join(pick(p['plan'], rng.randrange(1, 3))), None), *ruled_out]]
+    for q in also: listed.append([(_expression(rng, q['code'], split)[0], q['code']), (f", {rng.choice((q['plan'][0], 'stable, no change', 'same tx'))}", None)])
     if also and rng.random() < 0.2: listed = listed[1:] + listed[:1]   # the reason for the visit is not always written first
     body = [piece for n, item in enumerate(listed, 1) for piece in ([(f"{'' if n == 1 else ' '}{n}. " if also else '', None)] + item)]
     parts += [(rng.choice(('A/P', 'A/P', 'Assessment', 'Dx')), body)]
@@ -188,10 +188,8 @@ def _phrases():
     for p in bank()['problem']:
         for side in p.get('sides', ('',)):
             for word, spanish in zip(bank()['sides'].get(side, ['']), {'right': ('D', 'derecha', 'dcha', '(D)'), 'left': ('I', 'izquierda', 'izq', '(I)')}.get(side, ('',))):
-                for e in (*p['expressions'], *p.get('where', ()), *p.get('other', ())):
-                    if e in p['expressions']: table[_with_side(e, side, word or None).lower()] = [s.replace('{side}', spanish) for s in p['spanish']]
-            if side:
-                for e in p['expressions']: table[_with_side(e, side, '').lower()] = [s.replace(' {side}', '') for s in p['spanish']]
+                for e in p['expressions']: table[_with_side(e, side, word or None).lower()] = [s.replace('{side}', spanish) for s in p['spanish']]
+            for e in p['expressions'] if side else (): table[_with_side(e, side, '').lower()] = [s.replace(' {side}', '') for s in p['spanish']]
     return re.compile(r'(?<!\w)(?:' + '|'.join(re.escape(k) for k in sorted(table, key=len, reverse=True)) + r')(?!\w)', re.I), table
 
 def _switched(note, others, share, rng, language):

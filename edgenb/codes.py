@@ -20,7 +20,8 @@ CM, PCS, HCPCS = re.compile(r'([A-Z]\d|QA)[\dAB][\dA-Z]{0,4}'), re.compile(r'[\d
 def system_of(code: str) -> str:   # 'ICD-10-CM' or 'ICD-10-PCS', by its form alone
     "Which system a code is of."
     bare = code.strip().upper()
-    procedure = PCS.fullmatch(bare) and (not bare[1].isdigit() or bare[0].isdigit() or len(bare) == 7 and bare[0] != 'H')
+    complete = len(bare) == 7 and (bare[0] in 'BDF' or bare[0] == 'C' and bare[-1] == 'Z' or bare[0] == 'X' and bare[-1].isdigit())   # no diagnosis is written so
+    procedure = PCS.fullmatch(bare) and (bare[0].isdigit() or not bare[1].isdigit() or complete)
     return 'ICD-10-PCS' if procedure else 'ICD-10-CM'
 
 def canonical(code: str,          # with or without dot, in any case

@@ -71,13 +71,15 @@ def _note(row: dict, where: str, language: str) -> Note:
     "A `Note` from a row of a file."
     text = row.get('text')
     if not isinstance(text, str) or not text.strip(): raise EdgenbError(f'{where}: the note is empty: fill in its text or take the line out')
-    if not str(row.get('id') or '').strip(): raise EdgenbError(f'{where}: the note has no id')
+    if not isinstance(row.get('id'), (str, int)) or not str(row['id']).strip(): raise EdgenbError(f'{where}: the note has no id: text or a number')
+    try: ''.join(str(v) for v in (row['id'], text, row.get('patient'))).encode()
+    except UnicodeEncodeError: raise EdgenbError(f'{where}: half a character (a lone surrogate) is in the note: write it as UTF-8') from None
     codes = row.get('codes') or ()
     if isinstance(codes, str): codes = [c for c in re.split(r'[;|]', codes) if c.strip()]
     if not isinstance(codes, (list, tuple)): raise EdgenbError(f'{where}: codes must be a list, or text with codes separated by ; or |')
     note = Note(str(row['id']).strip(), text, tuple(_code(c, text, where) for c in codes), *(str(row.get(k) or d).strip() for k, d in (('patient', ''), ('language', language), ('kind', 'real'), ('split', ''))))
     for name, value, known in (('language', note.language, LANGUAGES), ('kind', note.kind, KINDS), ('split', note.split, SPLITS)):
-        if value not in known: raise EdgenbError(f'{where}: {name} {value[:12]!r} is none of {", ".join(k for k in known if k)}')
+        if value not in known: raise EdgenbError(f'{where}: the {name} must be one of {", ".join(k for k in known if k)}')
     twice = [c.code for n, c in enumerate(note.codes) if c.code in [d.code for d in note.codes[:n]]]
     if twice: raise EdgenbError(f'{where}: code {twice[0]} is there twice: keep one, with all its spans')
     return note
@@ -124,6 +126,7 @@ def _texts(folder):
 
 # %% ../nbs/35_notes.ipynb #f8db2b3d
 PARTS = {'train': 'train', 'dev': 'validation', 'test': 'test'}
+_LABELS = {'DIAGNOSTICO': 'ICD-10-CM', 'PROCEDIMIENTO': 'ICD-10-PCS'}
 
 def _lines(path, cells):
     for n, line in enumerate(_decoded(path).split('\n'), 1):
@@ -145,10 +148,12 @@ def _codiesp(folder: Path, language: str) -> list:
     read = {name: _decoded(path) for name, path in texts.items()}
     for name, text in read.items():
         if not text.strip(): raise EdgenbError(f'{texts[name]}: the note is empty')
-    for n, (name, _, said, _, where) in _lines(path := folder/f'{part}X.tsv', 5) if language == 'es' else ():
+    for n, (name, label, said, _, where) in _lines(path := folder/f'{part}X.tsv', 5) if language == 'es' else ():
         spans = [tuple(map(int, s.split())) for s in where.split(';')] if re.fullmatch(r'\d+ \d+(;\d+ \d+)*', where) else []
         if name not in read or not spans or any(not a <= b <= len(read[name]) for a, b in spans): raise EdgenbError(f"{path}, line {n}: the evidence must be 'start end', with ; between parts, within its text")
-        code = said.upper() if system_of(said) == 'ICD-10-PCS' or said.upper() in codes.get(name, {}) else canonical(said, 'ICD-10-CM')
+        if label not in _LABELS: raise EdgenbError(f"{path}, line {n}: the second cell must be {' or '.join(_LABELS)}")
+        try: code = canonical(said, _LABELS[label])
+        except EdgenbError as e: raise EdgenbError(f'{path}, line {n}: {e}') from None
         if code not in codes.get(name, {}): raise EdgenbError(f'{path}, line {n}: {code} is not among the codes of its text')
         codes[name][code][1].update((a, b) for a, b in spans if a < b)   # some parts are empty
     return [Note(name, text, tuple(Code(c, system, tuple(sorted(spans))) for c, (system, spans) in codes.get(name, {}).items()), language=language, split=PARTS[part]) for name, text in read.items()]
@@ -204,7 +209,7 @@ def _plain(text):
     return ''.join(unicodedata.normalize('NFD', c)[0].lower()[:1] or c for c in text)
 
 _NAMES = {_plain(alias): name for name, aliases in SECTIONS.items() for alias in aliases.split('|')}
-_SHORT = {alias for aliases in SECTIONS.values() for alias in aliases.split('|') if len(alias) <= 4}
+_SHORT = {alias for aliases in SECTIONS.values() for alias in aliases.split('|') if len(alias) <= 3}
 _HEADING = re.compile(r'(?:^[ \t*#]*|(?<=[.;!?]) +)([^\W\d][\w/&-]*(?: [\w/&-]+){0,3})(?:[ \t]*\**:|[ \t]*$)', re.M)
 
 def sections(text: str) -> list:   # of (name, start, end), which follow each other from 0 to the end of the text
@@ -213,7 +218,7 @@ def sections(text: str) -> list:   # of (name, start, end), which follow each ot
     for m in _HEADING.finditer(text):
         said = m.group(1)
         name = _NAMES.get(_plain(said))
-        if name is None or (len(said) <= 4 and said not in _SHORT and not said.isupper()): continue
+        if name is None or (len(said) <= 3 and said not in _SHORT and not said.isupper()): continue
         if m.group(0).endswith(':') or (m.start() == 0 or text[m.start() - 1] == '\n') and len(said) > 2: starts.append((name, m.start(1)))
     if not starts or text[:starts[0][1]].strip(): starts.insert(0, ('', 0))
     else: starts[0] = (starts[0][0], 0)
