@@ -195,8 +195,8 @@ def test_checkpoints_of_other_choices_are_not_gone_on_from(tiny, prompt, notes, 
     assert [h['step'] for h in facts['history']] == [7, 14]
 
 def test_training_stops_when_the_held_out_loss_no_longer_falls(tiny, prompt, notes, tmp_path):
-    wrong = (notes[1][0], [{'E11.9': 'J45.909', 'J45.909': 'E11', 'E11': 'E11.9'}[c] for c in notes[1][1]])
-    facts = tuned(tiny, prompt, (notes[0], wrong), tmp_path, num_train_epochs=12, patience=2, learning_rate=2e-2, lora_r=16)
+    always, never = ((n, [c]*len(n)) for n, c in ((notes[0][0], 'E11.9'), (notes[1][0], 'J45.909')))
+    facts = tuned(tiny, prompt, (always, never), tmp_path, num_train_epochs=12, patience=2, learning_rate=2e-2)
     best = min(facts['history'], key=lambda h: h['validation_loss'])
     assert facts['steps'] < facts['planned_steps'] and facts['best_step'] == best['step'] and facts['steps'] == best['step'] + 14
 
