@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT/'.venv'
 MARK = VENV/'.made-by-edgenb'
 BIN = VENV/('Scripts' if os.name == 'nt' else 'bin')
-JOBS = {'env': ('lab,dev,runtimes', None), 'wafer': ('lab', ['edgenb', 'run', 'wafer']), 'test': ('lab,dev,runtimes', ['python', '-m', 'pytest'])}
+JOBS = {'env': ('lab,dev,runtimes,text', None), 'wafer': ('lab', ['edgenb', 'run', 'wafer']), 'test': ('lab,dev,runtimes,text', ['python', '-m', 'pytest'])}
 
 
 def stop(message): sys.exit(f'edgenb: {message}')
@@ -29,7 +29,7 @@ def installed(extras):
 
 def environment(extras):
     "Create .venv/ and install edgenb with `extras` into it, unless that has been done."
-    done = [installed(e) for e in ('lab,dev,runtimes', extras)]   # the larger set holds the smaller
+    done = [installed(e) for e in ('lab,dev,runtimes,text', extras)]   # the larger set holds the smaller
     if any(stamp.exists() and stamp.read_text() == key for stamp, key in done): return
     stamp, key = installed(extras)
     healthy = (BIN/'python').exists() and not subprocess.run([str(BIN/'python'), '-m', 'pip', '--version'], capture_output=True).returncode

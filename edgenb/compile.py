@@ -26,13 +26,16 @@ class Torch(Runtime):
         from edgenb.tune import load_reference
         from edgenb.vision import torch_callable
         torch.set_num_threads(num_threads)
+        if 'causal' in json.loads((Path(path).parent/'network.json').read_text(encoding='utf-8')):
+            from edgenb.language import tuned_callable
+            return tuned_callable(Path(path).parent)
         run = torch_callable(load_reference(Path(path).parent))
-        return lambda x, whole=False: run(x['image'] if isinstance(x, dict) else x)
+        return lambda x, whole=False: run(next(iter(x.values())) if isinstance(x, dict) else x)
 
 # %% ../nbs/04_compile.ipynb #1df5bb02
 def network_of(net, pipeline: Pipeline) -> Network:
     "A torch network with edgenb's two outputs, at the input size of its pipeline."
-    return Network(net, {pipeline.input: np.zeros((1, *pipeline.shape), np.float32)}, ('logits', 'embedding'))
+    return Network(net, {pipeline.input: np.zeros((1, *pipeline.shape), np.int64 if pipeline.input == 'tokens' else np.float32)}, ('logits', 'embedding'))
 
 # %% ../nbs/04_compile.ipynb #46213e14
 def image_judge(reference,          # callable from a batch of inputs to {'logits'}
@@ -42,8 +45,7 @@ def image_judge(reference,          # callable from a batch of inputs to {'logit
                 metric: str, tolerance: float):
     "A function from a loaded model to a `Judgement`: `screening` through the pipeline."
     from edgenb.search import screening
-    negative = pipeline.step('decide')['negative']
-    return screening(reference, lambda model, images: pipeline.after(model(images)) | {'negative': negative}, images, y, metric, tolerance)
+    return screening(reference, lambda model, images: pipeline.after(model(images)) | {'negative': pipeline.negative}, images, y, metric, tolerance)
 
 # %% ../nbs/04_compile.ipynb #9342974f
 @room(4, needs=('data', 'tune', 'squeeze'), libraries=LIBRARIES)

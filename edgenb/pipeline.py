@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'BEFORE', 'AFTER', 'FORMAT', 'decode', 'resize', 'to_tensor', 'row_bytes', 'input_bytes', 'filled',
-           'window', 'softmax', 'decide', 'Pipeline', 'image_pipeline']
+           'window', 'text', 'tokens', 'softmax', 'decide', 'rank', 'Pipeline', 'text_pipeline', 'image_pipeline']
 
 # %% ../nbs/11_pipeline.ipynb #e685c4b7
-import functools, io, json, warnings
+import functools, io, json, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -104,6 +104,40 @@ def window(sample,                # path of an .npy file (or of a row in one), i
     return filled(x, limit)
 
 # %% ../nbs/11_pipeline.ipynb #64524148
+def text(sample,                     # path of a text file, its bytes
+         max_characters: int = 20_000   # longer ones are refused: cut them into windows first
+        ) -> str:
+    "The text of a note."
+    name = sample if isinstance(sample, (str, Path)) else 'note'
+    try: content = sample if isinstance(sample, bytes) else Path(sample).read_bytes()
+    except OSError: raise EdgenbError(f'{name} does not exist or cannot be read') from None
+    try: found = content.decode('utf-8-sig')
+    except UnicodeDecodeError as e: raise EdgenbError(f'{name} is not UTF-8 text (byte {e.start} is {content[e.start]:#04x}): save it as UTF-8') from None
+    found = re.sub(r'[^\S\n]', ' ', found.replace('\r\n', '\n').replace('\r', '\n')).replace('\x00', ' ')
+    if not found.strip(): raise EdgenbError(f'{name} is empty: there is nothing to decide on')
+    if len(found) > max_characters: raise EdgenbError(f'{name} has {len(found):,} characters, this model takes {max_characters:,} at a time: cut it into windows (edgenb.notes.windows)')
+    return found
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(description: str):
+    try: from tokenizers import Tokenizer
+    except ImportError: raise EdgenbError("this pipeline needs tokenizers, not installed here: pip install 'edgenb[tokenizers]'") from None
+    try: found = Tokenizer.from_str(description)
+    except Exception as e: raise EdgenbError(f'pipeline: the vocabulary of step tokens is damaged ({e}): copy the pipeline again') from None
+    found.no_padding(); found.no_truncation()
+    return found
+
+def tokens(note: str,
+           tokenizer: str,     # what `tokenizers` calls its JSON
+           length: int,        # of the result; longer notes are cut, the last token (a separator) kept
+           pad: int = 0        # fills up
+          ) -> np.ndarray:     # int64 (length,)
+    "A note as numbers of its word pieces."
+    ids = _tokenizer(tokenizer).encode(note).ids
+    if len(ids) > length: ids = ids[:length - 1] + ids[-1:]
+    return np.array(ids + [pad]*(length - len(ids)), np.int64)
+
+# %% ../nbs/11_pipeline.ipynb #fd568c3e
 def softmax(state: dict,
             temperature: float = 1.0,    # divides the logits
             bias: list | None = None     # added per class afterwards
@@ -126,9 +160,16 @@ def decide(state: dict,
     if review: decision[(score >= review[0]) & (score < review[1])] = 'review'
     return state | {'score': score, 'label': np.where(score >= threshold, others.argmax(-1), negative), 'decision': decision}
 
+def rank(state: dict,
+         threshold: float = 0.5   # below it a person has to look
+        ) -> dict:
+    "Where no class is the accepted one: the most probable class, its probability as the score, and suggest / review."
+    p = state['probabilities']
+    return state | {'score': p.max(-1), 'label': p.argmax(-1), 'decision': np.where(p.max(-1) >= threshold, 'suggest', 'review').astype('<U7')}
+
 # %% ../nbs/11_pipeline.ipynb #3633f29a
-BEFORE = {'decode': (1, decode), 'resize': (1, resize), 'to_tensor': (1, to_tensor), 'window': (1, window)}
-AFTER = {'softmax': (1, softmax), 'decide': (1, decide)}
+BEFORE = {'decode': (1, decode), 'resize': (1, resize), 'to_tensor': (1, to_tensor), 'window': (1, window), 'text': (1, text), 'tokens': (1, tokens)}
+AFTER = {'softmax': (1, softmax), 'decide': (1, decide), 'rank': (1, rank)}
 FORMAT = 1   # of pipeline.json
 
 @dataclass(frozen=True)
@@ -151,12 +192,12 @@ class Pipeline:
 
     def before(self, image,          # path, bytes, PIL image or uint8 array
                stop: str = 'model'   # stop before this step
-              ) -> np.ndarray:       # the model's input, float32 (channels, height, width), or what precedes `stop`
+              ) -> np.ndarray:       # one input of the model, such as float32 (channels, height, width), or what precedes `stop`
         "Run the steps before the model."
         for name, parameters in self._part(after=False):
             if name == stop: break
             image = BEFORE[name][1](image, **parameters)
-        return image
+        return np.asarray(image) if stop == 'model' else image
 
     def after(self, outputs: dict   # the model's outputs: 'logits' (n, classes) and what else it gives
              ) -> dict:             # adds 'probabilities', 'score', 'label', 'decision'
@@ -170,14 +211,22 @@ class Pipeline:
 
     @property
     def input(self) -> str:
-        "Name of the model's input: 'image' or 'window'."
-        return 'window' if any(s['step'] == 'window' for s in self.steps) else 'image'
+        "Name of the model's input: 'image', 'window', 'tokens' or 'text'."
+        there = {s['step'] for s in self.steps}
+        return next((name for name in ('window', 'tokens', 'text') if name in there), 'image')
 
     @property
     def shape(self) -> tuple:
-        "Of one input of the model."
+        "Of one input of the model; () for a text."
+        if self.input == 'text': return ()
+        if self.input == 'tokens': return (self.step('tokens')['length'],)
         if self.input == 'window': return 2*len(self.step('window')['channels']), self.step('window')['steps']
         return self.step('to_tensor')['channels'], self.step('resize')['height'], self.step('resize')['width']
+
+    @property
+    def negative(self) -> int:
+        "Index of the class that is accepted; -1 where none is."
+        return self.step('decide')['negative'] if any(s['step'] == 'decide' for s in self.steps) else -1
 
     def step(self, name: str) -> dict:
         "The parameters of a step."
@@ -200,6 +249,15 @@ class Pipeline:
         except (ValueError, KeyError, TypeError, RecursionError): raise EdgenbError(f'{path} is not a pipeline: copy it again') from None
         if version > FORMAT: raise EdgenbError(f'{path} has format {version}, this edgenb knows up to {FORMAT}: install a newer edgenb')
         return cls(steps, classes)
+
+# %% ../nbs/11_pipeline.ipynb #ef639b81
+def text_pipeline(classes: list,                              # in the order of the model's outputs
+                  tokenizer: str = '', length: int = 0,       # of an encoder; a language model brings its own
+                  max_characters: int = 20_000, threshold: float = 0.5) -> Pipeline:
+    "The pipeline of a model that says which class a note is of."
+    steps = [{'step': 'text', 'max_characters': max_characters}, *([{'step': 'tokens', 'tokenizer': tokenizer, 'length': length, 'pad': 0}] if tokenizer else []), {'step': 'model'},
+             {'step': 'softmax', 'temperature': 1.0, 'bias': None}, {'step': 'rank', 'threshold': threshold}]
+    return Pipeline(tuple({'step': s.pop('step'), 'version': 1, **s} for s in steps), tuple(classes))
 
 # %% ../nbs/11_pipeline.ipynb #dd68c208
 def image_pipeline(classes: list,                # class names, in the order of the model's outputs

@@ -76,6 +76,11 @@ class Runtime:
         return {}
 
     @classmethod
+    def speed(cls, path: Path, notes: list, num_threads: int = 1) -> dict:
+        "Of a language model: {'ttft_ms', 'tokens_per_s', 'notes_per_s', ...}; {} for all others."
+        return {}
+
+    @classmethod
     def sources(cls, path: Path, out_dir: Path):
         "Write what a device needs besides the artifact, such as C source; most need nothing."
 

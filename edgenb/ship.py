@@ -135,12 +135,13 @@ def ship(run,
         ):
     "Pack what passed. Leaves the folder bundle/."
     within('ship', WINDOW, None, images_per_month=images_per_month); within('ship', 1e-9, images_per_month/WINDOW/10, false_alarms_per_month=false_alarms_per_month)
+    from edgenb.squeeze import squeezed_callable
     report = run.card('verify').result
     row = shippable(report['rows'], artifact or report['chosen'], accept)
     built = next(a for a in run.card('compile').result['artifacts'] if a['artifact'] == row['artifact'])
     model, pipeline = run.file('compile', built['file']), run.file('tune', 'pipeline.json')
     steps, engine = Pipeline.load(pipeline), runtime(row['runtime'])
-    load = _squeezed_network(run) if engine.missing() else engine.load(model)   # what cannot run here is watched by what it was made of
+    load = squeezed_callable(run) if engine.missing() else engine.load(model)   # what cannot run here is watched by what it was made of
     held = reference_of(run, steps)
     embeddings = np.concatenate([load(steps.before(e.read())[None])['embedding'] for e in held])
     sketch = Sketch.fit(embeddings)
@@ -152,11 +153,6 @@ def ship(run,
     manifest = pack(run.new('bundle'), name, row, model, pipeline, run.file('verify', 'parity.json'), sketch, [run.card(c) for c in ('data', 'tune', 'squeeze', 'compile', 'verify')], warnings, detector)
     size = sum(p.stat().st_size for p in (run.out/'bundle').rglob('*') if p.is_file())
     return {'bundle': 'bundle', 'digest': manifest['digest'], 'artifact': row['artifact'], 'warnings': warnings, 'size_mb': round(size/1e6, 3), 'drift': drift}
-
-def _squeezed_network(run):
-    from edgenb.squeeze import squeezed
-    from edgenb.vision import torch_callable
-    return torch_callable(squeezed(run)[0])
 
 def bundle_of(run) -> Path:
     "The folder of the bundle that `ship` left in a run."

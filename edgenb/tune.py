@@ -308,6 +308,9 @@ def load_reference(folder: str | Path   # holds model.safetensors and network.js
     if 'window' in about:
         from edgenb.sensors import WindowNetwork
         net = WindowNetwork(**about['window'])
+    elif 'encoder' in about:
+        from edgenb.encoder import NoteEncoder
+        net = NoteEncoder(**about['encoder'])
     elif about['config'] is None: net = EfficientNetLite0(about['classes'])
     else:
         from transformers import AutoConfig, AutoModelForImageClassification

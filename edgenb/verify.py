@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'BOUNDS', 'FIGURES', 'OTHER_RATE', 'accuracy', 'auc', 'detection_rate', 'false_positive_rate',
            'find_metric', 'rate_interval', 'interval', 'paired_interval', 'Parity', 'parity', 'examples_needed',
-           'per_class', 'agreement', 'answers', 'over_units', 'measured', 'finite', 'over_budget', 'verify', 'by_group',
-           'load_scores', 'load_answers', 'parity_table', 'changes_table', 'choice_table']
+           'per_class', 'agreement', 'answers', 'language', 'over_units', 'measured', 'finite', 'over_budget', 'verify',
+           'by_group', 'load_scores', 'load_answers', 'parity_table', 'changes_table', 'choice_table']
 
 # %% ../nbs/05_verify.ipynb #19d77049
 import json, math, os, platform
@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from .core import EdgenbError, did_you_mean, digest_of, progress, room, within, write_json
 from .data import examples_of, units_of
-from .device import device as find_device, fit
+from .device import PRECISIONS, device as find_device, fit
+from .pipeline import Pipeline
 from .runtime import LIBRARIES, runtime, size_mb
 
 # %% ../nbs/05_verify.ipynb #00a1c0db
@@ -32,9 +33,9 @@ def auc(y, answer):
     return float((rankdata(answer['score'])[bad].sum() - n*(n + 1)/2)/(n*m))
 
 def detection_rate(y, answer):
-    "Share of those of another class than the negative one that are not taken for it; NaN where there is none."
+    "Share of those of another class than the negative one (-1: no class is) that are not taken for it; NaN where there is none."
     bad = y != answer['negative']
-    return float(np.mean(answer['label'][bad] != answer['negative'])) if bad.any() else float('nan')
+    return float(np.mean(answer['label'][bad] != answer['negative'])) if bad.any() and answer['negative'] >= 0 else float('nan')
 
 def false_positive_rate(y, answer):
     "Share of those of the negative class that are taken for another; NaN where there is none."
@@ -194,10 +195,10 @@ def per_class(y, a: dict, b: dict, classes, confidence: float = 0.95) -> list:
     return sorted(found, key=lambda f: (f['delta'], f['delta_low']))
 
 def agreement(y, a: dict, b: dict) -> dict:
-    "How far the answers moved: shares decided otherwise, score differences, and calibration (error of the score as a probability, over ten bins of equal counts)."
+    "How far the answers moved: shares decided otherwise, score differences, and calibration (error of the score as a probability, of being defective or, where no class is negative, of being right; over ten bins of equal counts)."
     from edgenb.panel import calibration_error
-    bad, far = y != a['negative'], np.abs(np.asarray(a['score'], float) - b['score'])
-    before, after = calibration_error(bad, a['score']), calibration_error(bad, b['score'])
+    def error(answer): return calibration_error(y != answer['negative'] if answer['negative'] >= 0 else y == answer['label'], answer['score'])
+    far, before, after = np.abs(np.asarray(a['score'], float) - b['score']), error(a), error(b)
     alike = float(np.corrcoef(a['score'], b['score'])[0, 1]) if np.std(a['score']) > 0 and np.std(b['score']) > 0 else float('nan')
     return {'flipped': float(np.mean(a['label'] != b['label'])), 'score_mean_difference': float(far.mean()), 'score_largest_difference': float(far.max()), 'score_correlation': alike,
             'calibration_error': after, 'calibration_change': after - before}
@@ -226,10 +227,27 @@ def answers(models: dict,    # name -> function, or the `EdgenbError` that loadi
             except Exception as e: failed[n] = EdgenbError(f'{type(e).__name__}: {reason(e)}')   # whatever an engine raises, it is that artifact's failure
     return {n: failed[n] if n in failed else pipeline.after({'logits': np.concatenate(l)}) | {'negative': negative} for n, l in logits.items()}
 
+def language(models: dict, built: list, pipeline, tests: list, num_threads: int = 1, seed: int = 0, examples: int = 24) -> dict:   # artifact -> {'language': ...}
+    "Of language models also: how far the next word's distribution is from the reference's where the answer is written (KL divergence in nats, share of places with the same first choice), and the speed of writing."
+    from edgenb.lm import divergence
+    from edgenb.runtimes.common import reason
+    reference = models['reference']
+    if not hasattr(reference, 'token_logprobs'): return {}
+    some = [tests[i] for i in np.sort(np.random.default_rng(seed).permutation(len(tests))[:examples])]
+    notes, labels, found = [str(pipeline.before(e.read())) for e in some], [e.label for e in some], {}
+    wanted = reference.token_logprobs(notes, labels)
+    for name, model in progress(models.items(), desc='comparing distributions', unit='model'):
+        if isinstance(model, EdgenbError) or not hasattr(model, 'token_logprobs'): continue
+        found[name] = {'language': divergence(wanted, model.token_logprobs(notes, labels)) | {'places': sum(map(len, wanted))}}
+    for a in built:
+        try: found.setdefault(a['artifact'], {'language': {}})['language'] |= runtime(a['runtime']).speed(a['path'], notes, num_threads)
+        except EdgenbError as e: found[a['artifact']]['language'] |= {'speed': reason(e)}   # its answers have failed as well, and say why
+    return finite(found)
+
 def over_units(answer: dict, units: list) -> dict:
     "The answer for each unit: the largest score of its examples, and the label that goes with it."
     at = [u.first + int(np.argmax(answer['score'][u.first:u.last])) for u in units]
-    return {'score': np.asarray(answer['score'])[at], 'label': np.asarray(answer['label'])[at], 'negative': answer['negative']}
+    return {k: v if k == 'negative' else np.asarray(v)[at] for k, v in answer.items() if k in ('score', 'label', 'negative', 'probabilities')}
 
 def _loaded(artifact):
     "An artifact's model, or the error that loading it ends in: that is a verdict on it, not on the others."
@@ -261,8 +279,9 @@ def over_budget(row: dict, budgets: dict) -> dict:   # {bound: [figure, limit]}
 
 def _known(row, device, budgets, parameters, runs_here=True):
     "What speaks against an artifact without running it: reasons, and the bounds exceeded."
+    weight = {'precision': row['precision']} if row['precision'] in PRECISIONS else {'bytes_per_weight': row['size_mb']*1e6/parameters}
     taken = [{k: row[k] for k in ('precision', 'flash_bytes', 'arena_bytes')}] if 'arena_bytes' in row else []
-    wrong, over, need, tied = [], {}, fit({'parameters': parameters, 'precision': row['precision']}, device, measurements=taken), runtime(row['runtime']).tied
+    wrong, over, need, tied = [], {}, fit({'parameters': parameters} | weight, device, measurements=taken), runtime(row['runtime']).tied
     if tied and device.name != 'local': wrong.append(f'{tied}: build it on {device.name}'); over['machine'] = [None, None]
     if row['runtime'] not in device.runtimes and (runs_here or device.name != 'local'): wrong.append(f"{device.name} does not run {row['runtime']}"); over['runtime'] = [None, None]
     if need.fits is False: wrong.append(need.reason); over['memory'] = [need.needed_mb, device.memory_mb] if device.tier != 'microcontroller' and device.memory_mb else [None, None]
@@ -310,32 +329,32 @@ def verify(run,
            timing_runs: int = 500, num_threads: int = 1, seed: int = 0):
     "Judge every hop on the frozen test set against the tuned reference and the device. Leaves parity.json and answers.npz."
     from edgenb.choice import choose
-    from edgenb.squeeze import squeezed
-    from edgenb.tune import tuned
-    from edgenb.vision import torch_callable
+    from edgenb.squeeze import squeezed_callable, squeezed_file
     find_metric(metric)
     within('verify', 0.5, 0.999, confidence=confidence); within('verify', 0, 1, tolerance=tolerance, other_tolerance=other_tolerance); within('verify', 1, None, timing_runs=timing_runs, num_threads=num_threads)
     budgets = {'latency_budget_ms': latency_budget_ms, 'size_budget_mb': size_budget_mb, 'memory_budget_mb': memory_budget_mb, 'energy_budget_mj': energy_budget_mj}
     within('verify', 0, None, **budgets)
     about, tests = find_device(device), examples_of(run, 'test')
     subjects = units_of(run) or tests   # what is judged as one
-    _, pipeline = tuned(run)
-    y, negative = np.array([pipeline.classes.index(e.label) for e in subjects]), pipeline.step('decide')['negative']
+    pipeline = Pipeline.load(run.file('tune', 'pipeline.json'))
+    y, negative = np.array([pipeline.classes.index(e.label) for e in subjects]), pipeline.negative
     reference = {'artifact': 'reference', 'runtime': 'torch', 'precision': 'fp32', 'path': run.file('tune', 'model.safetensors'), 'runs_here': True}
-    hop = {'artifact': 'squeezed', 'runtime': 'torch', 'precision': 'fp32', 'path': run.file('squeeze', 'squeezed.safetensors'), 'runs_here': True}
+    hop = {'artifact': 'squeezed', 'runtime': 'torch', 'precision': 'fp32', 'path': squeezed_file(run), 'runs_here': True}
     built = [a | {'path': run.file('compile', a['file'])} for a in run.card('compile').result['artifacts']]
     here = [a for a in built if a['runs_here']]
-    kept = answers({'reference': runtime('torch').load(reference['path']), 'squeezed': torch_callable(squeezed(run)[0]), **{a['artifact']: _loaded(a) for a in here}}, pipeline, tests, negative)
+    models = {'reference': runtime('torch').load(reference['path']), 'squeezed': squeezed_callable(run), **{a['artifact']: _loaded(a) for a in here}}
+    kept, words = answers(models, pipeline, tests, negative), language(models, here, pipeline, tests, num_threads, seed)
+    del models
     each = {n: a for n, a in kept.items() if isinstance(a, dict)}
     if subjects is not tests: kept |= {n: over_units(a, subjects) for n, a in each.items()}
     figures = measured([{'artifact': a['artifact'], 'runtime': a['runtime'], 'file': a['path'], 'pipeline': run.file('tune', 'pipeline.json'), 'inputs': [e.path for e in tests[:50]]} for a in (reference, *here)],
                        latency_budget_ms, runs=timing_runs, num_threads=num_threads, power_w=about.power_w if device == 'local' else ())
     few = [{pipeline.input: pipeline.before(e.read())[None]} for e in tests[:4]]
-    rows = [_row(a, kept, figures, y, pipeline, subjects, few, about, budgets, run.card('squeeze').result['parameters'], built, metric, tolerance, other_tolerance, confidence, seed) for a in (reference, hop, *built)]
+    rows = [_row(a, kept, figures, y, pipeline, subjects, few, about, budgets, run.card('squeeze').result['parameters'], built, metric, tolerance, other_tolerance, confidence, seed) | words.get(a['artifact'], {}) for a in (reference, hop, *built)]
     kept = {n: a for n, a in kept.items() if isinstance(a, dict)}
     write_json(run.new('parity.json'), {'rows': rows, 'images': len(subjects)})
     if subjects is not tests: np.savez(run.new('each.npz'), **{f'{n} score': a['score'] for n, a in each.items()})
-    np.savez(run.new('answers.npz'), y=y, **{f'{n} {k}': a[k] for n, a in kept.items() for k in ('score', 'label')})
+    np.savez(run.new('answers.npz'), y=y, **{f'{n} {k}': a[k] for n, a in kept.items() for k in ('score', 'label', *(['probabilities'] if negative < 0 else []))})
     choice = choose(rows)
     return {'rows': rows, 'chosen': choice.artifact, 'why': choice.why, 'why_not': choice.why_not, 'front': choice.front, 'images': len(subjects), 'classes': list(pipeline.classes), 'negative': negative,
             'budget': {'device': device, 'latency_ms': latency_budget_ms, 'tolerance': tolerance}, 'overridden_gates': run.card('tune').result['overridden_gates'], 'by_group': by_group(subjects, y, kept, confidence)}
@@ -391,10 +410,12 @@ def load_scores(run) -> dict:   # artifact -> (n,)
     with np.load(run.file('verify', 'each.npz')) as z: return {k.rsplit(' ', 1)[0]: z[k] for k in z.files}
 
 def load_answers(run) -> tuple:
-    "(truth, {artifact: {'score', 'label'}}) of the test images that `verify` judged."
-    z = np.load(run.file('verify', 'answers.npz'))
-    names = dict.fromkeys(k.rsplit(' ', 1)[0] for k in z.files if k != 'y')
-    return z['y'], {n: {k: z[f'{n} {k}'] for k in ('score', 'label')} for n in names}
+    "(truth, {artifact: {'score', 'label'}}) of the test examples that `verify` judged; with 'probabilities' where no class is the accepted one."
+    with np.load(run.file('verify', 'answers.npz')) as z: z = {k: z[k] for k in z.files}
+    found: dict = {}
+    for k in z:
+        if k != 'y': found.setdefault(k.rsplit(' ', 1)[0], {})[k.rsplit(' ', 1)[1]] = z[k]
+    return z['y'], found
 
 def parity_table(rows: list) -> str:
     "Markdown table of a parity report."

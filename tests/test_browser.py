@@ -1,4 +1,4 @@
-"The wafer recipe in a real JupyterLab, in a real browser."
+"The wafer recipe, and the desk of the coding recipe, in a real JupyterLab, in a real browser."
 import contextlib, json, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 import pytest
@@ -55,3 +55,50 @@ def test_the_wafer_recipe_runs_in_jupyterlab_and_shows_live_plots(page, lab, tmp
         expect(shown.locator('.main-svg').first).to_be_visible(timeout=60_000)
         page.screenshot(path=str(tmp_path/f'plot-{i}.png'))
     assert all(u.startswith((lab, 'data:', 'blob:', lab.replace('http', 'ws'))) for u in asked), [u for u in asked if not u.startswith(lab)]   # nothing from outside
+
+
+DESK = """
+from edgenb.coder import Suggestion, review
+from edgenb.decisions import Decisions
+from edgenb.notes import Note
+texts = ['Wheezing. <script>window.harmed = true</script><img src=x onerror="window.harmed = true">', 'On insulin.', 'Cough.', 'BP 160/95.']
+notes = [Note(f'visit-{n}', t, kind='synthetic') for n, t in enumerate(texts)]
+codes = {'J45.909': 'Asthma <img src=x onerror="window.harmed = true">', 'E11.9': 'Type 2 diabetes', 'I10': 'Hypertension'}
+suggestions = [[Suggestion(c, d, p, ((0, 8, 1.0),)) for (c, d), p in zip(codes.items(), (.7, .2, .1))] for _ in notes]
+review(notes, suggestions, Decisions('decisions.jsonl'), 'Dr. Osei', 'sha256:5f1c', codes)
+"""
+
+def test_notes_are_decided_on_in_jupyterlab_with_the_keyboard_alone(page, lab, tmp_path):
+    import nbformat
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(DESK)], metadata={'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}}), tmp_path/'desk.ipynb')
+    page.set_viewport_size({'width': 1400, 'height': 1000})
+    page.goto(f'{lab}/lab/tree/desk.ipynb')
+    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status=='idle'", timeout=120_000)
+    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    status, line = page.locator('.edgenb-review [role=status]'), page.locator('.edgenb-review .widget-text input').first
+    expect(status).to_contain_text('note 1 of 4', timeout=60_000)
+    line.focus()
+    page.keyboard.type('1'); page.keyboard.press('Enter')
+    expect(status).to_contain_text('note 2 of 4')
+    expect(line).to_be_focused(); expect(line).to_have_value('')
+    page.keyboard.type('c I10'); page.keyboard.press('Enter')         # faster than anybody types
+    expect(status).to_contain_text('note 3 of 4')
+    page.keyboard.type('x'); page.keyboard.press('Tab')               # left half-typed: nothing happens
+    expect(status).to_contain_text('press Enter')
+    buttons = page.locator('.edgenb-review button')
+    expect(buttons.first).to_be_focused()                             # the suggestions are real buttons, in order
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == 'solid'
+    page.keyboard.press('Tab'); page.keyboard.press('Enter')
+    expect(buttons.nth(1)).to_have_text('2  E11.9  (looked at)')
+    expect(line).to_be_focused()                                      # or the next letter would be a command of JupyterLab
+    for _ in range(4): page.keyboard.press('Tab')                     # past three suggestions, to "Take it"
+    page.keyboard.press('Enter')
+    expect(status).to_contain_text('note 4 of 4')
+    buttons.nth(2).click()
+    expect(line).to_be_focused()
+    page.keyboard.type('u'); page.keyboard.press('Enter')
+    expect(status).to_contain_text('taken back')
+    rows = [json.loads(l) for l in (tmp_path/'decisions.jsonl').read_text().splitlines()]
+    assert [(r['note'], r['action'], r.get('after')) for r in rows] == [('visit-0', 'confirm', 'J45.909'), ('visit-1', 'correct', 'I10'), ('visit-2', 'correct', 'E11.9'), ('visit-2', 'undo', None)]
+    assert page.evaluate('window.harmed') is None
+    page.screenshot(path=str(tmp_path/'desk.png'))
