@@ -95,11 +95,12 @@ def base_folder(model_name_or_path: str   # 'bundled:smollm2-135m', a hub id, or
 def load_base(folder: str | Path, **options):
     "A causal language model in 32-bit floats on the processor, in eval mode, and its tokenizer."
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     try:
         with quiet(): model = AutoModelForCausalLM.from_pretrained(folder, **{'dtype': torch.float32, 'attn_implementation': 'sdpa'} | options)
         return model.eval(), AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as e: raise _not_there(folder, 'holds no language model that transformers can read', e) from None
+    except (OSError, ValueError, KeyError, SafetensorError) as e: raise _not_there(folder, 'holds no language model that transformers can read', e) from None
 
 # %% ../nbs/41_lm.ipynb #53126ca9
 _MARK = 'QXNOTEXQ'   # stands for the note, or the answer, while a template is rendered

@@ -298,12 +298,13 @@ def load_tuned(folder: str | Path,              # that `train` left
                model_name_or_path: str = ''     # where the base is now; '': where it was
               ) -> tuple:                       # model in 32-bit floats, tokenizer, prompt
     "A base with its adapter."
-    base = _base_of(folder, model_name_or_path)
     from peft import PeftModel
+    from safetensors import SafetensorError
+    base = _base_of(folder, model_name_or_path)
     with quiet():
         model, tokenizer = load_base(base)
         try: model = PeftModel.from_pretrained(model, folder).eval()
-        except (OSError, ValueError, RuntimeError, KeyError) as e: raise EdgenbError(f'{folder}: the adapter cannot be read ({str(e).splitlines()[0][:120]}): train again, or copy it again') from None
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e: raise EdgenbError(f'{folder}: the adapter cannot be read ({str(e).splitlines()[0][:120]}): train again, or copy it again') from None
     return model, tokenizer, Prompt.from_dict(json.loads((Path(folder)/'prompt.json').read_text(encoding='utf-8')))
 
 # %% ../nbs/48_lora.ipynb #efb75141

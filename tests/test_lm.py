@@ -32,7 +32,7 @@ def tiny(tmp_path_factory):
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.train_from_iterator(sum(SAID.values(), []), trainers.BpeTrainer(vocab_size=320, special_tokens=['<|im_start|>', '<|im_end|>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    LlamaForCausalLM(LlamaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
                                  initializer_range=0.1)).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<|im_end|>', pad_token='<|im_end|>', chat_template=CHATML).save_pretrained(folder)
     return folder
@@ -165,7 +165,7 @@ def test_every_method_learns_and_is_read_back(method, tiny, prompt, notes, tmp_p
     if method == 'qlora': pytest.importorskip('bitsandbytes', reason='four-bit bases need bitsandbytes')
     facts = tuned(tiny, prompt, notes, tmp_path, method=method, num_train_epochs=4, learning_rate={'ia3': 5e-2, 'prefix': 5e-2, 'adapter': 5e-2}.get(method, 5e-3))
     losses = [h['validation_loss'] for h in facts['history']]
-    assert losses[-1] < 0.9*losses[0] and facts['packing'] == (method != 'prefix')
+    assert losses[-1] < 0.95*losses[0] and facts['packing'] == (method != 'prefix')
     model, tokenizer, read = load_tuned(tmp_path/'adapter')
     assert read == prompt and {p.dtype for p in model.parameters()} == {torch.float32}
     assert np.abs(lm_callable(model, tokenizer, prompt)(notes[1][0][:3])['logits'] - one_by_one(model, tokenizer, prompt, notes[1][0][:3])).max() < 1e-3
@@ -195,8 +195,8 @@ def test_checkpoints_of_other_choices_are_not_gone_on_from(tiny, prompt, notes, 
     assert [h['step'] for h in facts['history']] == [7, 14]
 
 def test_training_stops_when_the_held_out_loss_no_longer_falls(tiny, prompt, notes, tmp_path):
-    wrong = (notes[1][0], [{'E11.9': 'J45.909', 'J45.909': 'E11', 'E11': 'E11.9'}[c] for c in notes[1][1]])
-    facts = tuned(tiny, prompt, (notes[0], wrong), tmp_path, num_train_epochs=12, patience=2)
+    always, never = ((n, [c]*len(n)) for n, c in ((notes[0][0], 'E11.9'), (notes[1][0], 'J45.909')))
+    facts = tuned(tiny, prompt, (always, never), tmp_path, num_train_epochs=12, patience=2, learning_rate=2e-2)
     best = min(facts['history'], key=lambda h: h['validation_loss'])
     assert facts['steps'] < facts['planned_steps'] and facts['best_step'] == best['step'] and facts['steps'] == best['step'] + 14
 
