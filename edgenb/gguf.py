@@ -352,7 +352,7 @@ def write_gguf(folder: str | Path,    # config.json, *.safetensors, tokenizer.js
         values = found[name][1]()
         if '.q_proj.' in name or '.k_proj.' in name: values = interleave(values, c['num_attention_heads' if '.q_proj.' in name else 'num_key_value_heads'])
         return _stored(values, name, dtype)
-    order = sorted((n for n in found if gguf_name(n)), key=lambda n: [int(p) if p.isdigit() else -1 for p in n.split('.')[2:3]] + [n])
+    order = sorted((n for n in found if gguf_name(n)), key=lambda n: (int(m[1]) if (m := re.search(r'\.layers\.(\d+)\.', n)) else -1, n))
     tensors = [(gguf_name(n), found[n][0], 'F32' if len(found[n][0]) < 2 else dtype.upper(), lambda n=n: make(n)) for n in order]
     if c['rope']['rope_type'] == 'llama3': tensors.append(('rope_freqs.weight', (c['head_dim']//2,), 'F32', lambda: _llama3_factors(c)))
     fields = _model_fields(c, folder.resolve().name, {'f32': 0, 'f16': 1, 'bf16': 32}[dtype]) | tokenizer_fields(folder) | _prompt_field(prompt)

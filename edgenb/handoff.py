@@ -56,9 +56,10 @@ def same_rendering(a: str | Path, b: str | Path   # each a Hugging Face folder o
         x, y = tried(a, messages), tried(b, messages)
         if x == y: continue
         at = next((i for i, (p, q) in enumerate(zip(x, y)) if p != q), min(len(x), len(y)))
-        lost = [s for s, other, text in ((b, x, y), (a, y, x)) if 'Probe: code' in other and 'Probe: code' not in text]
+        seen = lambda text: text if text.startswith('(the') else repr(text[at:at + 40])
+        lost = [s for s, other, text in ((b, x, y), (a, y, x)) if 'Probe: code' in other and 'Probe: code' not in text and 'cannot be rendered' not in text]
         raise EdgenbError(f"{f'the chat template of {lost[0]} has lost its system turn' if lost else f'the chat templates of {a} and {b} differ'}: in a conversation {name}, from character {at} on, "
-                          f'{x[at:at + 40]!r} became {y[at:at + 40]!r}')
+                          f'{seen(x)} became {seen(y)}')
     return len(PROBES)
 
 # %% ../nbs/49_handoff.ipynb #50a1c503
