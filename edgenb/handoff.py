@@ -56,9 +56,10 @@ def same_rendering(a: str | Path, b: str | Path   # each a Hugging Face folder o
         x, y = tried(a, messages), tried(b, messages)
         if x == y: continue
         at = next((i for i, (p, q) in enumerate(zip(x, y)) if p != q), min(len(x), len(y)))
-        lost = [s for s, other, text in ((b, x, y), (a, y, x)) if 'Probe: code' in other and 'Probe: code' not in text]
+        seen = lambda text: text if text.startswith('(the') else repr(text[at:at + 40])
+        lost = [s for s, other, text in ((b, x, y), (a, y, x)) if 'Probe: code' in other and 'Probe: code' not in text and 'cannot be rendered' not in text]
         raise EdgenbError(f"{f'the chat template of {lost[0]} has lost its system turn' if lost else f'the chat templates of {a} and {b} differ'}: in a conversation {name}, from character {at} on, "
-                          f'{x[at:at + 40]!r} became {y[at:at + 40]!r}')
+                          f'{seen(x)} became {seen(y)}')
     return len(PROBES)
 
 # %% ../nbs/49_handoff.ipynb #50a1c503
@@ -83,7 +84,8 @@ def modelfile(path: str | Path,   # the GGUF file
               prompt=None         # an `edgenb.lm.Prompt`: the template is this prompt around the user's text
              ) -> str:
     "An Ollama Modelfile for a GGUF file: `ollama create NAME -f Modelfile`."
-    facts, fields = check_gguf(path), read_header(path).fields
+    h = read_header(path)
+    facts, fields = check_gguf(h), h.fields
     token = lambda name: fields['tokenizer.ggml.tokens'][2][fields[key][2]] if (key := f'tokenizer.ggml.{name}_token_id') in fields else ''
     system, stop = _chatml_system(path), token('eos')
     lines = [f'FROM ./{Path(path).name}']
