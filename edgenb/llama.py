@@ -172,12 +172,15 @@ def _sound(path: Path):
     from edgenb.gguf import read_header   # here, since that module quantizes with this one's library
     header = read_header(path)
     said, held = header.get(f"{header.get('general.architecture')}.block_count"), len({t.name.split('.')[1] for t in header.tensors if t.name.startswith('blk.')})
-    if header.get('general.type', 'model') == 'model' and said != held: raise EdgenbError(f'{path} is damaged: it says that it has {said} layers, and holds {held}')
+    if held and header.get('general.type', 'model') == 'model' and said != held: raise EdgenbError(f'{path} is damaged: it says that it has {said} layers, and holds {held}')
 
 def _release(lib, pointers):
     "Free contexts before their model."
     for kind, pointer in pointers: getattr(lib, kind)(pointer)
     pointers.clear()
+
+class _Closed:
+    def __getattr__(self, name): raise EdgenbError('this engine was closed: open the file again')
 
 class Model:
     "A GGUF file in llama.cpp, on the processor: its vocabulary, and a context that holds what was read."
@@ -186,7 +189,7 @@ class Model:
         if kv not in KV: raise EdgenbError(f'the key-value cache cannot be kept as {kv}.{did_you_mean(str(kv), KV)}')
         _sound(path)
         self.path, self.kv, self._lib, self._pointers = Path(path), kv, library(), []
-        self.close = weakref.finalize(self, _release, self._lib, self._pointers)
+        self._end = weakref.finalize(self, _release, self._lib, self._pointers)   # also when Python ends, while the library is still there
         _said.clear()
         self._model = _made(self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params()), f'{path} cannot be loaded')
         self._pointers.append(('llama_model_free', self._model))
@@ -213,6 +216,11 @@ class Model:
             has, wanted = getattr(lib, f'llama_{name}')(self._ctx), getattr(p, name)
             if has != wanted: raise EdgenbError(f"this libllama understood {name} = {has} where {wanted} was asked for: pip install '{WHEEL}'")
         self.n_ctx, self.num_threads, self._memory, self._row, self._hidden = n_ctx, num_threads, lib.llama_get_memory(self._ctx), c_float*self.n_vocab, c_float*self.width
+
+    def close(self):
+        "Give the memory back."
+        self._end()
+        self._lib = _Closed()
 
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
@@ -404,7 +412,10 @@ class Engine(Scorer):
         start = time.perf_counter()
         tokens = self.begun(self.tokenize(text, special=True)) if isinstance(text, str) else list(text)
         if not tokens: raise EdgenbError('there is nothing to go on from: the text is empty')
-        if len(tokens) + max_tokens + draft_tokens > self.n_ctx: raise EdgenbError(f'{len(tokens)} tokens and {max_tokens} to come do not fit in the context of {self.n_ctx}: pass a larger n_ctx')
+        if len(tokens) + max_tokens + (draft_tokens if draft else 0) > self.n_ctx: raise EdgenbError(f'{len(tokens)} tokens and {max_tokens} to come do not fit in the context of {self.n_ctx}: pass a larger n_ctx')
+        within('generate', 1, None, max_tokens=max_tokens, draft_tokens=draft_tokens)
+        if isinstance(draft, str) and draft != 'lookup': raise EdgenbError(f"a draft is 'lookup' or an Engine, not {draft!r}")
+        if isinstance(draft, Engine) and draft.n_ctx < len(tokens) + max_tokens + draft_tokens: raise EdgenbError(f'{draft.path} cannot draft {max_tokens} tokens in a context of {draft.n_ctx}: open it with a larger n_ctx')
         if isinstance(draft, Engine) and draft.n_vocab != self.n_vocab: raise EdgenbError(f'{draft.path} cannot draft for {self.path}: it has {draft.n_vocab} tokens, not {self.n_vocab}')
         if isinstance(draft, Engine): draft._drafted = []
         out, drafted, accepted, self._cached = [], 0, 0, None

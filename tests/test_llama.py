@@ -238,6 +238,17 @@ def test_a_note_longer_than_the_context_is_refused_and_one_longer_than_the_promp
 def test_choices_that_do_not_exist_are_refused(path, tmp_path):
     with pytest.raises(EdgenbError, match='Did you mean q8_0'): Engine(path, kv='q8')
     with pytest.raises(EdgenbError, match='num_threads'): Engine(path, num_threads=0)
+    with Engine(path) as e, Engine(path, n_ctx=256) as short:
+        with pytest.raises(EdgenbError, match="not 'look'"): e.generate('a', draft='look')
+        with pytest.raises(EdgenbError, match='larger n_ctx'): e.generate('a', max_tokens=300, draft=short)
+        with pytest.raises(EdgenbError, match='max_tokens'): e.generate('a', max_tokens=0)
+
+
+def test_a_closed_engine_says_so_and_does_not_crash(path):
+    e = Engine(path)
+    e.close(); e.close()
+    for work in (lambda: e.score(NOTES, PROMPT), lambda: e.tokenize('a'), lambda: e.generate('a')):
+        with pytest.raises(EdgenbError, match='was closed'): work()
 
 
 def test_files_say_what_to_ask_and_answer_like_every_model(path, engine, tmp_path):
