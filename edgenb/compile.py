@@ -12,7 +12,7 @@ import numpy as np
 from .core import EdgenbError, progress, room, within
 from .pipeline import Pipeline
 from .runtime import LIBRARIES, Network, Runtime, runtime, runtimes as all_runtimes
-from .runtimes import coreml, executorch, litert, onnx, openvino, optimum, tensorrt, tflm   # importing a module of edgenb.runtimes registers it
+from .runtimes import coreml, executorch, gguf, litert, onnx, openvino, optimum, tensorrt, tflm   # importing a module of edgenb.runtimes registers it
 
 # %% ../nbs/04_compile.ipynb #478afbe6
 class Torch(Runtime):
