@@ -72,7 +72,7 @@ def _number_patterns():
             ('ssn', .95, r'(?<![\d-])(?P<phi>(?:\d{3}|[xX*]{3})-(?:\d\d|[xX*]{2})-\d{4})(?![\d-])'), ('ssn', .95, label('ssn?|social security') + r'(?P<phi>\d{3}[- ]?\d\d[- ]?\d{4}|\d{4})\b'),
             ('ssn', .9, r'(?i)\b(?P<phi>(?:\d{8}|\d\d\.\d{3}\.\d{3})[- ]?[A-Z])\b'), ('ssn', .9, r'(?i)\b(?P<phi>[XYZ]-?\d{7}-?[A-Z])\b'), ('ssn', .8, r'(?<!\d)(?P<phi>\d\d[ /]\d{8}[ /]\d\d)(?!\d)'),
             ('licence', .9, label(r"member|subscriber|policy|medicare|medicaid|mbi|hicn|beneficiary|licen[sc]e|lic|dea|npi|driver'?s licen[sc]e|dl|(?:license )?plate|passport|certificate|póliza|tarjeta(?: sanitaria)?|matrícula|colegiad[oa]|pasaporte|carn[eé]t") + serial),
-            ('licence', .8, r'(?i)\b(?:insurance|ins|group|grp|plan|payer|seguro)\b(?: (?:id|no|number))?[ \t]*[:#]+[ \t]*' + serial[0:]),
+            ('licence', .8, r'(?i)\b(?:insurance|ins|group|grp|plan|payer|seguro)\b(?: (?:id|no|number))?[ \t]*[:#]+[ \t]*' + serial),
             ('device', .9, label(r"serial|s/n|sn|device(?: id)?|udi|imei|(?:n[º°o]\.? de )?serie", r'(?: no\.?| number)?') + serial),
             ('device', .9, r'(?i)\b(?P<phi>(?=[A-Z]*\d)(?=\d*[A-Z])[A-HJ-NPR-Z\d]{17})\b'), ('device', .9, r'(?i)\b(?P<phi>(?:[\da-f]{2}[:-]){5}[\da-f]{2})\b'),
             ('phone', .9, rf'(?<![\d.+])(?P<phi>{area})(?!\d)'), ('phone', .9, r'(?<![\d.])(?P<phi>(?:\+|00)\d{1,3}(?:[-. ]?\(?\d{1,4}\)?){2,5})(?!\d)'),
@@ -107,7 +107,7 @@ def _place_patterns():
             ('zip', .9, rf'\b(?:{every}|{names})[ ,]+(?P<phi>\d{{5}}(?:-\d{{4}})?)\b'), ('zip', .9, r'(?i)\b(?:zip(?: code)?|c\.?p\.?|código postal)[: ]+(?P<phi>\d{5}(?:-\d{4})?)\b'),
             ('zip', .85, rf'(?P<phi>(?<!\d)\d{{5}}(?:-\d{{4}})?)(?<=(?:{calle}|(?i:\b(?:{road})\b))[^\n]{{0,60}}\d{{5}}(?:-\d{{4}})?)(?!\d)(?=[ ,.]|$)'),
             ('city', .85, rf'(?P<phi>{cap}(?:[ \t]{cap}){{0,2}})(?=,? (?:(?:{state})\b|(?:{every})\.? +\d{{5}}))'),
-            ('city', .85, rf'(?P<phi>{cap}(?:[ \t](?:de |del )?{cap}){{0,2}})(?<=(?:{calle}[^\n]{{3,60}}\b\d{{5}}|(?i:\b(?:{road})\b\.?{unit}),)[ ,]+\2?(?P=phi))'.replace(r'\2?', '')),
+            ('city', .85, rf'(?P<phi>{cap}(?:[ \t](?:de |del )?{cap}){{0,2}})(?<=(?:{calle}[^\n]{{3,60}}\b\d{{5}}|(?i:\b(?:{road})\b\.?{unit}),)[ ,]+(?P=phi))'),
             ('city', .7, rf"(?i:{calle}[^\n]{{3,60}}?\b\d{{5}}[ ,]+)(?P<phi>\p{{Ll}}{{3,}})"), ('city', .6, r'(?i:\b(?:natural|vecin[oa]) de )(?P<phi>\p{Ll}{4,})'),
             ('city', .6, rf'{live}(?P<phi>{cap}(?:[ \t]{cap}){{0,2}})'),
             ('CITY', .6, rf"{live.replace('|from|', '|')}(?P<phi>\p{{Ll}}{{4,}})\b"), ('city', .6, rf"(?i:\b\d+ (?:\p{{L}}+ ){{1,2}}(?:{road})\b\.?{unit}, )(?P<phi>\p{{Ll}}{{4,}})\b"),
@@ -213,15 +213,16 @@ class _Names:
     def after(self, at, lower, score, most=4, comma=False, sure=True):
         "Keep the name that begins at `at`; `lower` allows small letters, `sure` clinical words as its first."
         start, end, n, particles = at, at, 0, 0
-        while n < most and (m := self.p['token'].match(self.text, at)):
+        while n < most and particles < 4 and (m := self.p['token'].match(self.text, at)):
             word, dotted = m[0].rstrip('.'), m[0].endswith('.')
             low, big = word.lower(), word[0].isupper()
-            if low in _PARTICLES and n + particles and not big or low in _PARTICLES and low not in ('st',) and self.p['gap'].match(self.text, m.end()).end() > m.end() and n: particles, at = particles + 1, self.p['gap'].match(self.text, m.end()).end(); continue
-            if dotted and len(word) == 1 and (big or lower): n, at = n + 1, self.p['gap'].match(self.text, m.end()).end(); end = m.end(); continue
+            beyond = self.p['gap'].match(self.text, m.end()).end()
+            if low in _PARTICLES and (not big or n and beyond > m.end() and low != 'st'): particles, at = particles + 1, beyond; continue
+            if dotted and len(word) == 1 and (big or lower): n, at, end = n + 1, beyond, m.end(); continue
             if not (big or lower) or low in self.w['not_names'] and not self.is_name(low): break
             if self.plain(low) and not self.is_name(low) and (n or not sure or not big): break
             n, end = n + 1, m.end() - (dotted and len(word) > 1)
-            at = self.p['gap'].match(self.text, m.end()).end()
+            at = beyond
             if dotted and len(word) > 1: break
             if comma and n == 1 and (c := self.p['comma'].match(self.text, end)): at = c.end()
         self.keep(start, end, score)
@@ -241,7 +242,7 @@ class _Names:
             low, big, next_ = word[0].lower(), word[0][0].isupper(), self.p['word'].match(self.text, self.p['gap'].match(self.text, word.end()).end())
             if big and (not word[0].isupper() or self.is_name(low)): self.after(m.end(), False, .7, sure=False)
             elif low in self.w['given'] - self.w['common']: self.after(m.end(), True, .7, 2, sure=False)
-            elif self.strange(low) and (m[0].lower().strip(' ,(') in _PEOPLE or not m[0].lower().startswith(('performed', 'placed', 'examined', 'evaluated')) and next_ and self.strange(next_[0].lower())): self.small(word, next_, .6)
+            elif self.strange(low) and (m[0].lower().strip(' ,(') in _PEOPLE or next_ and self.strange(next_[0].lower())): self.small(word, next_, .6)
         for m in self.p['speaks'].finditer(self.text):
             last = m[1].split()[-1].lower()
             if (self.strange(last) or self.dictionary is None and not self.plain(last) and m[2]) and not self.eponym(m.end(1)): self.keep(*m.span(1), .6)
@@ -255,7 +256,7 @@ class _Names:
     def trimmed(self, start, end, score):
         "Keep what is left of a span when clinical and ordinary words are cut off its ends, unless an eponym's noun follows."
         found = [m for m in self.p['word'].finditer(self.text, start, end)]
-        bad = lambda m: self.plain(m[0].lower()) and not self.is_name(m[0].lower())
+        bad = lambda m: self.plain(m[0].lower()) and not self.is_name(m[0].lower()) or len(m[0]) == 2 and m[0].isupper() and not self.text[start:end].isupper()   # a state
         while found and bad(found[0]): found.pop(0)
         while found and bad(found[-1]): found.pop()
         if score < .6 and self.dictionary and all(self.dictionary(m[0].lower()) and not self.is_name(m[0].lower()) for m in found): return
@@ -289,7 +290,7 @@ class _Names:
         for i, m in enumerate(found):
             low, big = m[0].lower(), m[0][0].isupper()
             if low not in self.w['given'] and not (low in self.w['family'] and low not in common): continue
-            after = found[i + 1] if i + 1 < len(found) and self.text[m.end():found[i + 1].start()] in (' ', '. ', '  ') or False else None
+            after = found[i + 1] if i + 1 < len(found) and self.text[m.end():found[i + 1].start()] in (' ', '. ', '  ') else None
             second = after[0].lower() if after else ''
             alike = after and after[0][0].isupper() == big and (big or len(second) > 2)
             if low in self.w['given'] and alike and (second in self.w['family'] or big and len(second) > 1 and low not in common and not self.plain(second)): self.keep(m.start(), after.end(), .65 if big else .5)
@@ -482,7 +483,6 @@ def shift_date(text: str,               # a date in any of the forms that are fo
         role = next((r for r, x in roles.items() if x is t), None)
         out.append(text[at:t.start()] + _date_token(t[0], role, new, days, padded))
         at = t.end()
-        if role == 'day' and out[-1].isdigit() is False and text[at:at + 2].lower() in ('st', 'nd', 'rd', 'th'): pass
     return ''.join(out) + text[at:]
 
 def _date_token(token, role, new, days, padded):
@@ -515,11 +515,10 @@ def _name(key, patient, text, language, seen):
     def one(m):
         word = m[0]
         if word.lower() in _PARTICLES: return word
-        if len(word) == 1:
+        if len(word) == 1:   # initials of the list stand for all letters
             whole = next((w for w in seen if w[0].upper() == word.upper()), None)
             return _cased((_other(key, patient, whole, lists, fallback) if whole else _draw(key, patient, 'initial', word.upper()).choice([c for c in 'ABCDEGHJKLMNPRSTVW' if c != word.upper()]))[0], word)
-        new = _other(key, patient, word, lists, fallback)
-        return _cased(new, word)
+        return _cased(_other(key, patient, word, lists, fallback), word)
     return regex.sub(r"\p{L}[\p{L}\p{M}]*(?:['’]\p{L}{2,})*", one, text)
 
 def _place(key, patient, kind, text, name):
@@ -553,9 +552,10 @@ def _surrogate(key, patient, f, text, language, seen, days):
         if text.replace('.', '').isdigit(): return f'192.0.2.{number}'
         return f'2001:db8:0:0:0:{number:x}' if text.count(':') > 2 else f"{'https://' if '://' in text else ''}example.org/{number}"
     new = _digits(key, patient, f.kind, text)
-    if f.kind != 'phone' or language != 'en' or (count := sum(c.isdigit() for c in new)) not in (7, 10): return new
-    fixed, digits = iter('55501' if count == 7 else new.translate({}) and [c for c in new if c.isdigit()][:3] + list('55501')), []
-    return ''.join(next(fixed, c) if c.isdigit() else c for c in new)   # 555-01xx is nobody's
+    digits = [c for c in new if c.isdigit()]
+    if f.kind != 'phone' or language != 'en' or len(digits) not in (7, 10): return new
+    fixed = iter(digits[:-7] + list('55501') + digits[-2:])   # 555-01xx is nobody's
+    return ''.join(next(fixed) if c.isdigit() else c for c in new)
 
 def move_spans(spans: list,        # of (start, end) in the old text
                mapping: list,      # what `replace` returned
