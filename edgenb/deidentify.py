@@ -247,7 +247,7 @@ class _Names:
             last = m[1].split()[-1].lower()
             if (self.strange(last) or self.dictionary is None and not self.plain(last) and m[2]) and not self.eponym(m.end(1)): self.keep(*m.span(1), .6)
         for m in self.p['heading'].finditer(self.text):
-            if not any(self.plain(w.lower()) for w in m[1].split()) and any(self.strange(w.lower()) or self.is_name(w.lower()) for w in m[1].split()): self.keep(*m.span(1), .6)
+            if not any(self.plain(w.lower()) or len(w) == 2 for w in m[1].split()) and any(self.strange(w.lower()) or self.is_name(w.lower()) for w in m[1].split()): self.keep(*m.span(1), .6)
 
     def small(self, word, next_, score):
         "Keep a name in small letters, with the next word if that is no word either."

@@ -48,7 +48,7 @@ def test_spans_move_there_and_back(data):
 
 def test_empty_blank_and_very_long_notes_pass(english, spanish):
     for d in (english, spanish): assert d.replace('') == ('', []) and d.replace(' \n\t ') == (' \n\t ', [])
-    long = 'Patient reports no change in pain today. '*3000 + 'Seen by Dr. Hathaway 03/14/24.'
+    long = 'Patient reports no change in pain today. '*1500 + 'Seen by Dr. Hathaway 03/14/24.'
     new, mapping = english.replace(long)
     assert 'Hathaway' not in new and '03/14/24' not in new and len(mapping) == 2
 
