@@ -54,7 +54,7 @@ def word_baseline(train: list, truth: list, test: list, least: int = 2) -> list:
     return [[(codes[i], float(row[i])) for i in np.argsort(-row, kind='stable')] for row in p]
 
 def system_row(name: str, truth: list, answers: list, threshold: float, seen, draws: int = 1000) -> dict:   # `answers`: lists of (code, probability), best first
-    "The figures of one system."
+    "The figures of one system; 'right' and 'confidence' are of what it suggests, for `abstention_curve` and `review_effort`."
     ranked, taken = [[c for c, *_ in a] for a in answers], [{c for c, p, *_ in a if p >= threshold} for a in answers]
     precision, recall, f1 = micro_f1(truth, taken)
     apart = seen_and_unseen(truth, ranked, taken, seen)
@@ -64,7 +64,7 @@ def system_row(name: str, truth: list, answers: list, threshold: float, seen, dr
     return {'system': name, 'precision': precision, 'recall': recall, 'f1': f1, 'f1_interval': interval(lambda rows: float(f1_of(np.sum(rows, 0))[2]), counts, draws=draws),
             'map': mean_average_precision(truth, ranked), 'map_interval': interval(lambda v: float(np.nanmean(v)), [average_precision(t, r) for t, r in zip(truth, ranked)], draws=draws),
             'category_f1': micro_f1(first3(truth), first3(taken))[2], 'seen': apart['seen'], 'unseen': apart['unseen'],
-            'calibration_error': expected_calibration_error(y, p) if len(set(p)) > 2 else None, 'taken': taken, 'ranked': ranked, 'right': y, 'confidence': p}
+            'calibration_error': expected_calibration_error(y, p) if len(set(p)) > 2 else None, 'taken': taken, 'ranked': ranked, 'right': y[p >= threshold], 'confidence': p[p >= threshold]}
 
 # %% ../nbs/48_codiesp.ipynb #227753a5
 PUBLISHED = {('ICD-10-CM', 'es'): {'IAM (dictionary, best F1 of 2020)': (0.687, 0.521), 'best MAP of 2020': (None, 0.593), 'TF-IDF + logistic regression, as published': (0.309, None), 'GPT-4, as listed': (0.457, None)},
