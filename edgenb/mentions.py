@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LANGUAGES', 'WORD', 'SENTENCE_ENDS', 'LATIN', 'PREFIX', 'EXACT', 'ALIKE', 'PARTLY', 'TITLE', 'PRIOR', 'SLOT', 'WHOLE',
-           'FEATURES', 'MARGIN', 'EMPTY', 'STEPS', 'Language', 'plain', 'stem', 'skeleton', 'Words', 'term_of',
-           'mentions_of', 'Lexicon', 'marked_counts', 'found_counts', 'lexicon_of', 'sum_of', 'Found', 'found_terms',
-           'Candidate', 'candidates', 'make_network', 'train_member', 'platt', 'best_threshold', 'Coder',
-           'checked_notes', 'trained', 'built', 'title_terms', 'save', 'load', 'aligned', 'dictionary_of', 'project']
+           'FEATURES', 'EMPTY', 'STEPS', 'Language', 'plain', 'stem', 'skeleton', 'Words', 'term_of', 'mentions_of',
+           'Lexicon', 'marked_counts', 'found_counts', 'lexicon_of', 'sum_of', 'Found', 'found_terms', 'Candidate',
+           'candidates', 'make_network', 'train_member', 'platt', 'best_threshold', 'Coder', 'checked_notes', 'trained',
+           'built', 'title_terms', 'save', 'load', 'aligned', 'dictionary_of', 'project']
 
 # %% ../nbs/45_mentions.ipynb #d1c61be0
 import bisect, collections, functools, json, math, re, tempfile, time, unicodedata
@@ -308,14 +308,12 @@ def platt(logits: np.ndarray, y: np.ndarray) -> tuple:   # slope, offset
         line = line - np.linalg.solve((x*(p*(1 - p))[:, None]).T @ x + 1e-6*np.eye(2), x.T @ (p - y) + 1e-6*(line - [1, 0]))
     return tuple(float(v) for v in line)
 
-MARGIN = 0.004   # of F1 that is given away for recall
-
-def best_threshold(probability: np.ndarray, y: np.ndarray, codes: int, margin: float = 0.0) -> float:
-    "The lowest probability above which micro-F1 is within `margin` of its best; `codes` is how many there are to find, those without a candidate included."
+def best_threshold(probability: np.ndarray, y: np.ndarray, codes: int) -> float:
+    "The probability above which micro-F1 is best; `codes` is how many there are to find, those without a candidate included."
     order = np.argsort(-probability, kind='stable')
     f1 = 2*np.cumsum(y[order])/(np.arange(1, len(y) + 1) + codes)
     smooth = np.convolve(np.pad(f1, 25, 'edge'), np.ones(51)/51, 'valid')   # a single lucky candidate decides nothing
-    return float(probability[order][np.flatnonzero(smooth >= smooth.max() - margin)[-1]])
+    return float(probability[order][int(np.argmax(smooth))])
 
 # %% ../nbs/45_mentions.ipynb #c41e6300
 class Coder:
@@ -342,7 +340,7 @@ class Coder:
         network, logits = trained(x, y, of, len(notes), members, width, epochs, learning_rate, seed)
         network.line[:] = network.line.new_tensor(platt(logits, y))
         probability = 1/(1 + np.exp(-(logits*float(network.line[0]) + float(network.line[1]))))
-        threshold = best_threshold(probability, y, sum(map(len, truth)), MARGIN)
+        threshold = best_threshold(probability, y, sum(map(len, truth)))
         how = {'notes': len(notes), 'candidates': len(y), 'right': int(y.sum()), 'codes': sum(map(len, truth)), 'seed': seed,
                'own f1': round(float(2*y[probability >= threshold].sum()/((probability >= threshold).sum() + sum(map(len, truth)))), 4)}
         return cls(lexicon, built(network, 'fp32', []), threshold, system, language, frozenset().union(*truth), how)
