@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['LANGUAGES', 'WORD', 'SENTENCE_ENDS', 'LATIN', 'PREFIX', 'EXACT', 'ALIKE', 'PARTLY', 'TITLE', 'PRIOR', 'SLOT', 'WHOLE',
-           'FEATURES', 'EMPTY', 'STEPS', 'Language', 'plain', 'stem', 'skeleton', 'Words', 'term_of', 'mentions_of',
-           'Lexicon', 'marked_counts', 'found_counts', 'lexicon_of', 'sum_of', 'Found', 'found_terms', 'Candidate',
-           'candidates', 'make_network', 'train_member', 'platt', 'best_threshold', 'Coder', 'checked_notes', 'trained',
-           'built', 'title_terms', 'save', 'load', 'aligned', 'dictionary_of', 'project']
+           'FEATURES', 'LEAST', 'EMPTY', 'STEPS', 'Language', 'plain', 'stem', 'skeleton', 'Words', 'term_of',
+           'mentions_of', 'Lexicon', 'marked_counts', 'found_counts', 'lexicon_of', 'sum_of', 'Found', 'found_terms',
+           'Candidate', 'candidates', 'make_network', 'train_member', 'platt', 'best_threshold', 'Coder',
+           'checked_notes', 'trained', 'built', 'title_terms', 'save', 'load', 'aligned', 'dictionary_of', 'project']
 
 # %% ../nbs/45_mentions.ipynb #d1c61be0
 import bisect, collections, functools, json, math, re, tempfile, time, unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
-from .core import EdgenbError, did_you_mean, file_errors, within, write_atomic
+from .core import EdgenbError, did_you_mean, file_errors, within
 from .notes import Code, Note
-from .ranking import expected_calibration_error, interval, mean_average_precision, micro, micro_f1, seen_and_unseen, set_counts
 
 # %% ../nbs/45_mentions.ipynb #1e49703e
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def lexicon_of(notes: list, system: str, titles: dict | None = None, by_mention:
     own = [marked_counts(n, system, w, by_mention) for n, w in zip(notes, texts)]
     frequency = collections.Counter(s for w in texts for s in set(w.skeleton))
     lexicon = Lexicon(sum_of(own), frequency, len(notes), titles)
-    for n, w, mine in zip(notes, texts, own): mine.update(found_counts(lexicon, lexicon.find(w, mine), {c.code for c in n.codes if c.system == system}))
+    for n, w, mine in zip(notes, texts, own): mine.update(found_counts(lexicon, lexicon.find(w), {c.code for c in n.codes if c.system == system}))   # with its own marks: a new note, too, meets terms that one note marked
     lexicon.counts = sum_of(own)
     return lexicon, texts, own
 
@@ -302,11 +301,14 @@ def train_member(network, n: int, x, y, epochs: int, learning_rate: float, seed:
     member.eval()
 
 def platt(logits: np.ndarray, y: np.ndarray) -> tuple:   # slope, offset
-    "The line through logits that makes them log odds (Newton's method on the log loss)."
-    line, x = np.array([1.0, 0.0]), np.stack([logits, np.ones_like(logits)], 1).astype(float)
+    "The line through logits that makes them log odds (Newton's method on the log loss, a step halved until it helps)."
+    line, x, y = np.array([1.0, 0.0]), np.stack([logits, np.ones_like(logits)], 1).astype(float), np.asarray(y, float)
+    loss = lambda line: float(np.logaddexp(0, z := x @ line).sum() - y @ z + 1e-3*np.square(line - [1, 0]).sum())
     for _ in range(30):
         p = 1/(1 + np.exp(-np.clip(x @ line, -30, 30)))
-        line = line - np.linalg.solve((x*(p*(1 - p))[:, None]).T @ x + 1e-6*np.eye(2), x.T @ (p - y) + 1e-6*(line - [1, 0]))
+        step = np.linalg.solve((x*(p*(1 - p))[:, None]).T @ x + 2e-3*np.eye(2), x.T @ (p - y) + 2e-3*(line - [1, 0]))
+        while np.abs(step).max() > 1e-9 and loss(line - step) > loss(line): step = step/2
+        line = line - step
     return tuple(float(v) for v in line)
 
 def best_threshold(probability: np.ndarray, y: np.ndarray, codes: int) -> float:
@@ -317,6 +319,8 @@ def best_threshold(probability: np.ndarray, y: np.ndarray, codes: int) -> float:
     return float(probability[order][int(np.argmax(smooth))])
 
 # %% ../nbs/45_mentions.ipynb #c41e6300
+LEAST = 10   # right and wrong candidates to learn from
+
 class Coder:
     "Codes of one system for notes of one language. Made by `fit`, `load` or `quantized`."
     def __init__(self, lexicon: Lexicon, onnx: bytes, threshold: float, system: str, language: str, seen: frozenset, how: dict):
@@ -331,13 +335,14 @@ class Coder:
         "Learn from coded notes; which candidates are believed is learnt from what other notes say of them."
         notes = checked_notes(notes, system, language)
         within('mentions', 2, len(notes), members=members)
+        within('mentions', 1, width=width, epochs=epochs)
         lexicon, texts, own = lexicon_of(notes, system, title_terms(language) if titles and system == 'ICD-10-CM' else None, by_mention)
         truth = [{c.code for c in n.codes if c.system == system} for n in notes]
         found = [candidates(lexicon, w, mine) for w, mine in zip(texts, own)]
         x = np.array([c.features for f in found for c in f], np.float32).reshape(-1, len(FEATURES))
-        y = np.array([c.code in t for f, t in zip(found, truth) for c in f])
+        y = np.array([c.code in t for f, t in zip(found, truth) for c in f], bool)
         of = np.repeat(np.arange(len(notes)), [len(f) for f in found])
-        if not 0 < y.sum() < len(y): raise EdgenbError(f'mentions: of {len(y)} candidates in {len(notes)} notes {int(y.sum())} are right, so there is nothing to tell apart: more notes are needed that mark the same words')
+        if min(y.sum(), (~y).sum()) < LEAST: raise EdgenbError(f'mentions: of {len(y)} candidates in {len(notes)} notes {int(y.sum())} are right: at least {LEAST} must be right and {LEAST} wrong to learn which to believe, so more notes are needed that mark the same words')
         network, logits = trained(x, y, of, len(notes), members, width, epochs, learning_rate, seed)
         network.line[:] = network.line.new_tensor(platt(logits, y))
         probability = 1/(1 + np.exp(-(logits*float(network.line[0]) + float(network.line[1]))))

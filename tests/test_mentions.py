@@ -1,0 +1,213 @@
+"The coder of mentions: what it may learn from, what it must not, how it fails, and that it is what it was after saving and in 8 bits; real data where they are."
+import json
+import numpy as np
+import pytest
+from edgenb.codes import category3
+from edgenb.codiesp import _gpt4, by_mention, codiesp_folder, codiesp_notes, codiesp_table, system_row
+from edgenb.core import EdgenbError
+from edgenb.mentions import EXACT, FEATURES, Coder, Lexicon, Words, candidates, lexicon_of, platt, project, term_of
+from edgenb.notes import Code, Note, read_notes
+from edgenb.ranking import (abstention_curve, average_precision, expected_calibration_error, interval, mean_average_precision, micro, micro_f1, paired_difference, review_effort, seen_and_unseen, top_k)
+
+SAID = {'I10': ('hypertension', 'high blood pressure'), 'E11.9': ('type 2 diabetes', 'diabetes mellitus'), 'J45.909': ('asthma', 'bronchial asthma'), 'N20.0': ('kidney stone', 'renal calculus'), 'R51.9': ('headache', 'migraine')}
+
+
+def made_up(n, seed):
+    "Two things the patient has, two that are denied; made up."
+    rng, out = np.random.default_rng(seed), []
+    for i in range(n):
+        names = list(rng.permutation(list(SAID)))
+        words = {c: str(rng.choice(SAID[c])) for c in names}
+        text = f'Seen for {words[names[0]]} since {rng.integers(2, 9)} days. Denies {words[names[2]]}. Exam: {words[names[1]]}, stable. No {words[names[3]]}.'
+        out.append(Note(f'{seed}-{i}', text, tuple(Code(c, spans=((text.index(words[c]), text.index(words[c]) + len(words[c])),)) for c in names[:2]), kind='synthetic'))
+    return out
+
+
+@pytest.fixture(scope='module')
+def coder(): return Coder.fit(made_up(60, 0), language='en', members=2, epochs=40, titles=False)
+
+
+def real():
+    if not codiesp_folder().is_dir(): pytest.skip(f'no CodiEsp at {codiesp_folder()}: set EDGENB_SHARED_DATA')
+    return codiesp_folder()
+
+
+# measures
+
+def plain_map(truth, ranked):
+    "As the rules say it, the long way."
+    each = []
+    for t, r in zip(truth, ranked):
+        if not t: continue
+        r = [c for n, c in enumerate(r) if c not in r[:n]]
+        each.append(sum(len(set(r[:n + 1]) & t)/(n + 1) for n, c in enumerate(r) if c in t)/len(t))
+    return sum(each)/len(each)
+
+
+def test_map_is_the_published_rule_on_random_lists():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        truth = [{str(c) for c in rng.integers(0, 12, rng.integers(0, 5))} for _ in range(9)]
+        ranked = [[str(c) for c in rng.integers(0, 12, rng.integers(0, 15))] for _ in range(9)]
+        if any(truth): assert mean_average_precision(truth, ranked) == pytest.approx(plain_map(truth, ranked))
+
+
+def test_a_code_in_lower_case_or_given_twice_changes_no_map():
+    assert average_precision({'I10', 'R52'}, ['i10', 'I10', 'r52']) == 1
+
+
+def test_micro_f1_counts_codes_not_documents():
+    assert micro_f1([{'A', 'B', 'C'}, {'D'}], [{'A', 'B', 'C'}, {'X'}]) == (0.75, 0.75, 0.75)
+
+
+def test_lists_of_different_lengths_are_refused():
+    with pytest.raises(EdgenbError, match='2 and 1'): micro_f1([{'A'}, {'B'}], [{'A'}])
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    rng, held = np.random.default_rng(1), 0
+    for n in range(60):
+        truth = [{'A', 'B'}]*60
+        found = [{c for c in 'AB' if rng.random() < 0.6} for _ in truth]
+        low, high = interval(lambda t, p: micro_f1(t, p)[1], truth, found, draws=200, seed=n)
+        held += low <= 0.6 <= high
+    assert 51 <= held <= 60
+
+
+def test_a_system_is_not_better_than_itself_and_a_better_one_is():
+    truth, rng = [{f'{n}{c}' for c in 'ABCDE'} for n in range(200)], np.random.default_rng(0)
+    good, bad = ([{c for c in sorted(t) if rng.random() < p} for t in truth] for p in (0.8, 0.5))
+    assert paired_difference(micro, truth, good, good, draws=20)['interval'] == (0, 0)
+    assert paired_difference(micro, truth, good, bad, draws=100)['interval'][0] > 0.1
+
+
+def test_unseen_codes_are_scored_apart():
+    apart = seen_and_unseen([{'A', 'B'}], [['A', 'B']], [{'A', 'C'}], seen={'A'})
+    assert apart['seen']['f1'] == 1 and apart['unseen']['recall'] == 0 and apart['unseen']['precision'] == 0 and apart['unseen']['map'] == 1
+
+
+def test_the_right_category_counts_where_categories_are_asked():
+    assert not top_k(['E11.9'], [['E11.65']])[0] and top_k(['E11.9'], [['E11.65']], level=category3)[0]
+
+
+def test_checking_the_least_sure_helps_only_as_far_as_the_confidence_says_something():
+    rng = np.random.default_rng(0)
+    confidence = rng.random(3000)
+    right = rng.random(3000) < confidence
+    told, mute = (review_effort(c, right, 0.3) for c in (confidence, rng.permutation(confidence)))
+    assert told > mute + 0.05 and review_effort(confidence, right, 1.0) == 1 and abstention_curve(right, confidence)['area'] < abstention_curve(right, rng.permutation(confidence))['area']
+    assert review_effort([0.1, 0.2, 0.9], [False, False, True], 0.5, cost=[1, 9, 10]) == 1 and review_effort([0.1, 0.2, 0.9], [False, False, True], 0.4, cost=[1, 9, 10]) == pytest.approx(2/3)
+
+
+def test_a_confidence_that_is_no_probability_is_refused():
+    with pytest.raises(EdgenbError, match='between 0 and 1'): expected_calibration_error([True, False], [0.5, 2.0])
+
+
+# the coder
+
+def test_what_is_denied_is_not_coded(coder):
+    note = Note('x', 'Seen for high blood pressure since three days. Denies asthma. No kidney stone.')
+    assert coder.predict(note) == {'I10'}
+
+
+def test_evidence_points_at_the_words(coder):
+    for note in made_up(10, 3):
+        for code, p, spans in coder.rank(note):
+            assert 0 <= p <= 1 and all(note.text[a:b] in (w for s in SAID[code] for w in (s, *s.split())) for a, b in spans), (code, spans)
+
+
+def test_an_empty_note_and_a_long_one_have_their_answers(coder):
+    assert coder.rank(Note('x', '')) == [] and coder.predict(Note('x', '¿?')) == set()
+    assert coder.predict(Note('x', 'Unremarkable visit today. '*4000 + 'Seen for asthma since 3 days.')) <= {'J45.909'}
+
+
+def test_what_a_note_brought_itself_is_not_held_for_it():
+    notes = [Note('1', 'A rash.', (Code('R21', spans=((2, 6),)),)), Note('2', 'A fever.', (Code('R50.9', spans=((2, 7),)),))]
+    lexicon, texts, own = lexicon_of(notes, 'ICD-10-CM')
+    assert [c.code for c in candidates(lexicon, texts[0])] == ['R21'] and candidates(lexicon, texts[0], own[0]) == []
+
+
+def test_features_of_a_training_note_are_those_it_would_have_as_a_new_note():
+    notes = made_up(40, 5)
+    lexicon, texts, own = lexicon_of(notes, 'ICD-10-CM')
+    others, _, _ = lexicon_of(notes[1:], 'ICD-10-CM')
+    theirs = {c.code: c.features for c in candidates(others, texts[0])}
+    weights = [i for i, f in enumerate(FEATURES) if f.endswith('weight')]   # of words, which counts every text
+    for c in candidates(lexicon, texts[0], own[0]): assert np.delete(c.features, weights) == pytest.approx(np.delete(theirs[c.code], weights)), c.code
+
+
+def test_a_saved_coder_and_one_in_8_bits_answer_alike(coder, tmp_path):
+    small = coder.quantized(made_up(30, 2))
+    again = Coder.load(small.save(tmp_path/'coder'))
+    notes = made_up(30, 9)
+    assert all(again.rank(n) == small.rank(n) for n in notes)
+    assert sum(small.predict(n) == coder.predict(n) for n in notes) >= 28 and len(small.onnx) < len(coder.onnx)
+
+
+def test_a_saved_coder_holds_no_sentence_of_a_note(coder, tmp_path):
+    text = (coder.save(tmp_path/'coder')/'lexicon.json').read_text()
+    assert 'stable' not in json.loads(text)['counts'] and 'Seen for' not in text and not any(n.text[:20] in text for n in made_up(60, 0))
+
+
+@pytest.mark.parametrize('name, content, said', [('lexicon.json', '{"counts": ', 'damaged'), ('coder.json', '{}', 'damaged'), ('coder.json', None, 'missing'), ('network.onnx', 'no network', 'cannot be loaded')])
+def test_a_damaged_coder_is_refused_in_one_line(coder, tmp_path, name, content, said):
+    folder = coder.save(tmp_path/'coder')
+    (folder/name).unlink()
+    if content is not None: (folder/name).write_text(content)
+    with pytest.raises(EdgenbError, match=said) as e: Coder.load(folder).rank(Note('x', 'Seen for asthma.'))
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('notes, said', [([], 'no notes'), ([Note('a', 'Tos.', (Code('R05'),), language='es')], "'es'"), ([Note('a', 'Cough.', (Code('R05'),))], 'spans')])
+def test_notes_to_learn_nothing_from_are_refused(notes, said):
+    with pytest.raises(EdgenbError, match=said): Coder.fit(notes, language='en', members=2, titles=False)
+
+
+def test_too_few_notes_are_refused():
+    with pytest.raises(EdgenbError): Coder.fit(made_up(2, 0), language='en', members=2, titles=False)
+
+
+def test_order_words_between_and_endings_do_not_hide_a_term():
+    lexicon = Lexicon({('marked', *_key('renal cyst')): 1, ('surface', term_of('renal cyst', 'en')[0], term_of('renal cyst', 'en')[1]): 1}, {}, 1)
+    for text, found in (('Renal cysts.', 1), ('A cyst, probably renal.', 1), ('A cyst. Renal function is normal.', 0), ('A cyst.', 0)):
+        assert len(lexicon.find(Words(text, 'en'))) == found, text
+    assert next(iter(lexicon.find(Words('Renal cysts.', 'en')).values())).popitem()[1][0] == EXACT
+
+
+def _key(text): return term_of(text, 'en')[0], 'N28.1'
+
+
+def test_platt_takes_over_confidence_away():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=5000)*2
+    slope, offset = platt(logits*3, rng.random(5000) < 1/(1 + np.exp(-logits)))
+    assert abs(slope - 1/3) < 0.05 and abs(offset) < 0.15
+
+
+def test_a_translation_without_its_original_is_refused():
+    with pytest.raises(EdgenbError, match='note b'): project([Note('a', 'Tos.', language='es')], [Note('b', 'Cough.')])
+
+
+def test_mentions_of_a_wrong_line_are_refused_by_file_and_line(tmp_path):
+    (tmp_path/'train').mkdir(); (tmp_path/'train'/'trainX.tsv').write_text('n\tDIAGNOSTICO\tr52\tdolor\t0-5\n')
+    with pytest.raises(EdgenbError, match='trainX.tsv, line 1'): by_mention([Note('n', 'Dolor.', (Code('R52'),), language='es')], tmp_path)
+
+
+# real data
+
+def test_the_codes_gpt4_gave_score_as_listed():
+    folder = real()
+    if not (folder.parent/'codiesp_peer_gpt4').is_dir(): pytest.skip('no codes of GPT-4 beside CodiEsp')
+    held = read_notes(folder/'test', 'es')
+    truth = [{c.code for c in n.codes if c.system == 'ICD-10-CM'} for n in held]
+    answers = _gpt4(folder, 'ICD-10-CM', held)
+    assert round(micro_f1(truth, [{c for c, _ in a} for a in answers])[2], 3) == 0.457
+
+
+def test_a_coder_of_a_few_real_notes_beats_the_published_word_baseline_on_procedures_of_the_development_part():
+    folder = real()
+    notes, held = codiesp_notes(folder, 'train'), codiesp_notes(folder, 'dev')[:60]
+    coder = Coder.fit(notes, 'ICD-10-PCS', 'es', members=2, epochs=4, by_mention=True)
+    truth = [{c.code for c in n.codes if c.system == 'ICD-10-PCS'} for n in held]
+    row = system_row('small', truth, [coder.rank(n) for n in held], coder.threshold, coder.seen, draws=50)
+    assert row['f1'] > 0.4 and row['unseen']['recall'] == 0 and '| small |' in codiesp_table({'rows': {'ICD-10-PCS': [row]}, 'language': 'es', 'part': 'dev', 'notes': 60})
