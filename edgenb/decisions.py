@@ -197,17 +197,17 @@ class Reviewed:
 
 def corrections(decisions: Decisions,
                 notes: list,       # of `Note`: those that were reviewed, perhaps among others
-                deidentify         # text -> text without identifiers
+                deidentify         # (text, patient) -> text without identifiers
                ) -> list:          # of `Reviewed`, in the order of the notes
     "What the next training may learn from these decisions."
-    if not callable(deidentify): raise EdgenbError('corrections: deidentify must be a function from text to text: nothing goes on with identifiers in it')
+    if not callable(deidentify): raise EdgenbError('corrections: deidentify must be a function of a text and its patient that gives a text: nothing goes on with identifiers in it')
     by_id = {n.id: n for n in notes}
     if missing := [d.note for d in decisions.standing() if d.note not in by_id]: raise EdgenbError(f"corrections: {len(missing)} reviewed notes are not among the notes given, the first is {missing[0]}")
     patients, found = {}, {}
     for n in notes:
         d = decisions.state(n.id)
         if d is None or d.action == 'reject': continue
-        text = deidentify(n.text)
+        text = deidentify(n.text, n.patient)
         if not isinstance(text, str) or not text.strip(): raise EdgenbError(f'corrections: deidentify left no text of {n.id}')
         same = ' '.join(text.lower().split())
         if same in found and found[same].when > d.when: continue   # said twice: the later decision holds

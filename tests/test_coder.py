@@ -417,7 +417,7 @@ def test_no_word_of_a_note_is_written_anywhere(tmp_path):
     for typed in ('1', 'u', 'c I10', 'x'): d.command(typed)
     with open(d.decisions.path, 'ab') as f: f.write(b'{"note": "visi')
     again = Decisions(d.decisions.path)
-    made = [summary_table(again.summary()), json.dumps(again.summary()), review_table(notes, suggestions, again), d.message, repr(corrections(again, notes, lambda t: t.replace(canary, 'A')))]
+    made = [summary_table(again.summary()), json.dumps(again.summary()), review_table(notes, suggestions, again), d.message, repr(corrections(again, notes, lambda t, patient: t.replace(canary, 'A')))]
     made += [p.read_text() for p in tmp_path.rglob('*') if p.is_file()]
     assert len(made) == 7 and not [m for m in made if canary in m or 'insulin' in m and m is not made[4]]
 
@@ -426,7 +426,9 @@ def test_only_what_was_confirmed_or_corrected_is_learned_from_and_only_deidentif
     d = Decisions(tmp_path/'d.jsonl')
     notes = [Note(f'visit-{i}', f'Ms. Kowalski, number {i}.', (Code('J45.909', spans=((0, 3),), primary=True), Code('E78.5')), patient='MRN 4471', language='es', kind='real', split='test') for i in range(5)]
     added(d, 'visit-0'); added(d, 'visit-1', 'correct', 'I10', None, who='Dr. Li'); added(d, 'visit-2', 'reject', None, None); added(d, 'visit-3'); d.undo('visit-3', 'Dr. Osei')
-    taught = corrections(d, notes, lambda t: t.replace('Kowalski', 'Anders'))
+    asked = []
+    taught = corrections(d, notes, lambda t, patient: (asked.append(patient), t.replace('Kowalski', 'Anders'))[1])
+    assert asked == ['MRN 4471']*2   # so that its surrogates can belong to the patient
     assert [(t.note.codes, t.who, t.action) for t in taught] == [((Code('J45.909', primary=True),), 'Dr. Osei', 'confirm'), ((Code('I10', primary=True),), 'Dr. Li', 'correct')]
     assert [t.when for t in taught] == [d.state(f'visit-{i}').when for i in (0, 1)] and all(t.note.language == 'es' and t.note.kind == 'real' and t.note.split == '' for t in taught)
     assert not re.search('Kowalski|4471|visit', repr(taught)) and taught[0].note.patient == taught[1].note.patient != ''
@@ -437,7 +439,7 @@ def test_the_same_note_is_learned_once_with_the_latest_code(tmp_path):
     notes = [Note('a', 'Has  insulin.'), Note('b', 'has insulin.'), Note('c', 'Neck supple.')]
     added(d, 'b', 'correct', 'I10', None); added(d, 'a'); added(d, 'c')
     for order in (notes, notes[::-1]):
-        taught = corrections(d, order, str)
+        taught = corrections(d, order, lambda t, patient: t)
         assert sorted(t.note.codes[0].code for t in taught) == ['J45.909', 'J45.909'] and len({t.note.id for t in taught}) == 2
 
 
@@ -445,8 +447,8 @@ def test_nothing_is_learned_without_a_way_to_deidentify(tmp_path):
     d = Decisions(tmp_path/'d.jsonl'); added(d)
     with pytest.raises(TypeError): corrections(d, [Note('visit-1', 'text')])
     with pytest.raises(EdgenbError, match='must be a function'): corrections(d, [Note('visit-1', 'text')], None)
-    with pytest.raises(EdgenbError, match='left no text of visit-1'): corrections(d, [Note('visit-1', 'text')], lambda t: '')
-    with pytest.raises(EdgenbError, match='the first is visit-1'): corrections(d, [Note('other', 'text')], str)
+    with pytest.raises(EdgenbError, match='left no text of visit-1'): corrections(d, [Note('visit-1', 'text')], lambda t, patient: '')
+    with pytest.raises(EdgenbError, match='the first is visit-1'): corrections(d, [Note('other', 'text')], lambda t, patient: t)
 
 
 # -- what confirmation brings
