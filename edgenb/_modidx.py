@@ -104,6 +104,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'edgenb.coder.highlighted': ('coder.html#highlighted', 'edgenb/coder.py'),
                               'edgenb.coder.known_code': ('coder.html#known_code', 'edgenb/coder.py'),
                               'edgenb.coder.log_odds': ('coder.html#log_odds', 'edgenb/coder.py'),
+                              'edgenb.coder.lost_without': ('coder.html#lost_without', 'edgenb/coder.py'),
                               'edgenb.coder.parsed_command': ('coder.html#parsed_command', 'edgenb/coder.py'),
                               'edgenb.coder.remembering': ('coder.html#remembering', 'edgenb/coder.py'),
                               'edgenb.coder.review': ('coder.html#review', 'edgenb/coder.py'),

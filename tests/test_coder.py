@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from edgenb import coder, decisions as record
-from edgenb.coder import Desk, Suggestion, after_confirmation, confirmation_table, evidence, highlighted, known_code, log_odds, parsed_command, review, review_table, span_overlap, suggest, windowed
+from edgenb.coder import Desk, Suggestion, after_confirmation, confirmation_table, evidence, highlighted, known_code, log_odds, lost_without, parsed_command, review, review_table, span_overlap, suggest, windowed
 from edgenb.core import EdgenbError
 from edgenb.decisions import Decisions, corrections, summary_table
 from edgenb.notes import Code, Note
@@ -58,6 +58,15 @@ def test_the_weight_of_a_span_is_the_log_odds_lost_without_it():
     [(b, e, weight)] = evidence(BagOfWords(), text, 2)
     with_it, without = BagOfWords()([text, text[:b] + text[e:]])['logits']
     assert text[b:e] == 'polyuria' and weight == pytest.approx(log_odds(with_it[None], 2)[0] - log_odds(without[None], 2)[0])
+
+
+def test_without_its_evidence_an_answer_is_lost_and_without_other_words_it_is_not():
+    text, truth = written(np.random.default_rng(3), 'I10')
+    k, found = list(CODES).index('I10'), evidence(BagOfWords(), written(np.random.default_rng(3), 'I10')[0], 3)
+    others = [(b, e) for b, e in coder.sentences(text) if not any(b < t and s < e for s, t in truth)][:2]
+    assert lost_without(BagOfWords(), text, k, found) == pytest.approx(4.0) == lost_without(BagOfWords(), text, k, truth)   # two cues of weight 2
+    assert lost_without(BagOfWords(), text, k, others) == pytest.approx(0) and lost_without(BagOfWords(), text, k, []) == 0
+    assert lost_without(BagOfWords(), 'insulin', 2, [(0, 7)]) == pytest.approx(2.0)   # nothing is left, and the model is not asked about nothing
 
 
 def test_two_neighbours_that_say_the_same_are_found_though_neither_is_missed_alone():
@@ -198,6 +207,8 @@ def test_a_changed_line_in_the_middle_is_not_read_over(tmp_path):
         (tmp_path/'damaged.jsonl').write_bytes(damaged)
         with pytest.raises(EdgenbError, match='line 1: not what was written'): Decisions(tmp_path/'damaged.jsonl')
         assert (tmp_path/'damaged.jsonl').read_bytes() == damaged
+    (tmp_path/'damaged.jsonl').write_bytes(d.path.read_bytes().replace(b'correct', b'korrect') + b'{"note": \n{"no')   # a bad line is the last only if nothing follows
+    with pytest.raises(EdgenbError, match='line 3: not what was written'): Decisions(tmp_path/'damaged.jsonl')
     d.path.write_bytes(d.path.read_bytes()[:-400])
     with pytest.raises(EdgenbError, match='became shorter'): added(d)
 
@@ -239,6 +250,19 @@ def test_two_processes_write_to_one_file_and_lose_nothing(tmp_path):
     assert [r.wait(60) for r in running] == [0, 0]
     added(mine, 'last')
     assert len(mine.standing()) == len(Decisions(path).standing()) == 91 and not mine._log.torn.exists()
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='no locks of files here')
+def test_a_writer_waits_for_another_to_finish(tmp_path):
+    import fcntl, threading
+    d = Decisions(tmp_path/'d.jsonl')
+    with open(d.path, 'rb') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=added, args=(d,))
+        waiting.start(); waiting.join(0.3)
+        assert waiting.is_alive() and d.path.read_bytes() == b''
+    waiting.join(20)
+    assert d.path.read_bytes().count(b'\n') == 1
 
 
 def test_the_table_of_what_was_decided_counts_notes_with_intervals(tmp_path):
