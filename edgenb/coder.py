@@ -144,16 +144,17 @@ def suggest(answer: dict,      # of the pipeline: {'probabilities': (n, codes)}
             codes: dict,       # code -> description, in the order of the answers
             texts,             # (n,) notes
             k: int = 5,        # suggestions a note
-            model=None         # asked for the evidence; without it there is none
+            model=None,        # asked for the evidence; without it there is none
+            explain: int = 5   # suggestions of a note with evidence, the first ones: it takes dozens of answers each
            ) -> list:          # a note: its `Suggestion`s, likeliest first
     "The k likeliest codes of every note."
     p, names = np.asarray(answer['probabilities']), list(codes)
-    within('suggest', 1, 9, k=k)
+    within('suggest', 1, 9, k=k, explain=explain)
     if p.shape != (len(texts), len(codes)): raise EdgenbError(f'suggest: probabilities have the shape {p.shape}, there are {len(texts)} notes and {len(codes)} codes')
     if blank := [i for i, t in enumerate(texts) if not str(t).strip()]: raise EdgenbError(f'suggest: note {blank[0]} (counted from 0) is empty: leave out what has no text')
     def of(text, row):
         ask = model and remembering(model)
-        return [Suggestion(names[c], codes[names[c]], float(row[c]), tuple(evidence(ask, text, int(c))) if model else ()) for c in np.argsort(-row, kind='stable')[:k]]
+        return [Suggestion(names[c], codes[names[c]], float(row[c]), tuple(evidence(ask, text, int(c))) if model and n < explain else ()) for n, c in enumerate(np.argsort(-row, kind='stable')[:k])]
     return [of(str(t), row) for t, row in zip(texts, p)]
 
 # %% ../nbs/46_coder.ipynb #38eb3b45

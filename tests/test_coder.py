@@ -125,6 +125,8 @@ def test_suggestions_are_the_likeliest_codes_and_share_the_model_s_answers():
     assert {texts[0][b:e] for b, e, _ in found[0][0].spans} == {'wheezing', 'albuterol'}
     assert len(model.asked) == len(set(model.asked))   # nothing twice
     assert suggest({'probabilities': p}, CODES, texts)[0][0].spans == ()
+    first = suggest({'probabilities': p}, CODES, texts, model=model, explain=1)[0]
+    assert first[0].spans == found[0][0].spans and not any(s.spans for s in first[1:])
 
 
 @pytest.mark.parametrize('texts, shape, words', [(['a', ' '], (2, 4), 'empty'), (['a'], (2, 4), 'shape'), (['a'], (1, 3), 'shape')])
