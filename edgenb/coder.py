@@ -337,7 +337,7 @@ def review(notes: list,            # of `Note`
     def pressed(name, *arguments):
         do(getattr(desk, name), *arguments)
         p['command'].focus()
-    def typed(text, enter): pressed('command', text) if enter else do(_not_entered)
+    def typed(text, enter): do(desk.command, text) if enter else do(_not_entered)   # the focus is there; sent late, it would be stolen back
     def other(_):
         pressed('correct', p['other'].value)
         p['other'].value = ''
