@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from edgenb import coder, decisions as record
-from edgenb.coder import Desk, Suggestion, after_confirmation, confirmation_table, evidence, highlighted, known_code, log_odds, parsed_command, review, review_table, span_overlap, suggest, windowed
+from edgenb.coder import Desk, Suggestion, after_confirmation, confirmation_table, evidence, highlighted, known_code, log_odds, lost_without, parsed_command, review, review_table, span_overlap, suggest, windowed
 from edgenb.core import EdgenbError
 from edgenb.decisions import Decisions, corrections, summary_table
 from edgenb.notes import Code, Note
@@ -60,6 +60,15 @@ def test_the_weight_of_a_span_is_the_log_odds_lost_without_it():
     assert text[b:e] == 'polyuria' and weight == pytest.approx(log_odds(with_it[None], 2)[0] - log_odds(without[None], 2)[0])
 
 
+def test_without_its_evidence_an_answer_is_lost_and_without_other_words_it_is_not():
+    text, truth = written(np.random.default_rng(3), 'I10')
+    k, found = list(CODES).index('I10'), evidence(BagOfWords(), written(np.random.default_rng(3), 'I10')[0], 3)
+    others = [(b, e) for b, e in coder.sentences(text) if not any(b < t and s < e for s, t in truth)][:2]
+    assert lost_without(BagOfWords(), text, k, found) == pytest.approx(4.0) == lost_without(BagOfWords(), text, k, truth)   # two cues of weight 2
+    assert lost_without(BagOfWords(), text, k, others) == pytest.approx(0) and lost_without(BagOfWords(), text, k, []) == 0
+    assert lost_without(BagOfWords(), 'insulin', 2, [(0, 7)]) == pytest.approx(2.0)   # nothing is left, and the model is not asked about nothing
+
+
 def test_two_neighbours_that_say_the_same_are_found_though_neither_is_missed_alone():
     either = lambda texts: {'logits': np.array([[4.0*('renal' in str(t) or 'kidney' in str(t)), 0.0] for t in texts])}
     text = 'Gait steady. Known renal kidney disease for years. Neck supple.'
@@ -67,12 +76,14 @@ def test_two_neighbours_that_say_the_same_are_found_though_neither_is_missed_alo
     assert 'renal kidney' in text[b:e] and weight > 3
 
 
-def test_evidence_in_a_long_note_is_narrowed_down_within_the_limit():
+@pytest.mark.parametrize('limit', [32, 48, 96])
+def test_evidence_in_a_long_note_is_narrowed_down_within_the_limit(limit):
     model, rng = BagOfWords(), np.random.default_rng(1)
     text = ' '.join(str(s) for s in rng.choice(FILLER, 1500)) + ' Has polyuria, as before. ' + ' '.join(str(s) for s in rng.choice(FILLER, 1500))
-    found = evidence(model, text, 2)
-    assert len(text.split()) > 9000 and len(model.asked) <= 96
-    assert [text[b:e] for b, e, _ in found] == ['polyuria']
+    found = evidence(model, text, 2, limit=limit)
+    assert len(text.split()) > 9000 and len(model.asked) <= limit
+    assert len(found) == 1 and 'polyuria' in text[slice(*found[0][:2])]
+    if limit == 96: assert text[slice(*found[0][:2])] == 'polyuria'
 
 
 @settings(deadline=None, max_examples=150)
@@ -116,6 +127,8 @@ def test_suggestions_are_the_likeliest_codes_and_share_the_model_s_answers():
     assert {texts[0][b:e] for b, e, _ in found[0][0].spans} == {'wheezing', 'albuterol'}
     assert len(model.asked) == len(set(model.asked))   # nothing twice
     assert suggest({'probabilities': p}, CODES, texts)[0][0].spans == ()
+    first = suggest({'probabilities': p}, CODES, texts, model=model, explain=1)[0]
+    assert first[0].spans == found[0][0].spans and not any(s.spans for s in first[1:])
 
 
 @pytest.mark.parametrize('texts, shape, words', [(['a', ' '], (2, 4), 'empty'), (['a'], (2, 4), 'shape'), (['a'], (1, 3), 'shape')])
@@ -171,14 +184,14 @@ def test_a_line_cut_anywhere_by_power_loss_is_set_aside_and_the_rest_stands(tmp_
     d = Decisions(tmp_path/'whole.jsonl')
     added(d); added(d, 'visit-2'); whole = d.path.read_bytes()
     last = whole.index(b'\n') + 1
-    for cut in range(last, len(whole) + 1):
+    for cut in [*range(last, len(whole) - 3, 7), *range(len(whole) - 3, len(whole) + 1)]:
         path = tmp_path/f'{cut}.jsonl'
         path.write_bytes(whole[:cut])
         again = Decisions(path)
         assert [x.note for x in again.standing()] == ['visit-1', 'visit-2'][:1 + (cut == len(whole))]
         added(again, 'visit-3')
         assert [x.note for x in Decisions(path).standing()][-1] == 'visit-3'
-        kept = [bytes.fromhex(json.loads(l)['hex']) for l in again.torn.read_text().splitlines()] if again.torn.exists() else []
+        kept = [bytes.fromhex(json.loads(l)['hex']) for l in again._log.torn.read_text().splitlines()] if again._log.torn.exists() else []
         assert kept == ([whole[last:cut]] if last < cut < len(whole) else [])
         assert again.summary()['torn_lines'] == len(kept)
 
@@ -196,8 +209,10 @@ def test_a_changed_line_in_the_middle_is_not_read_over(tmp_path):
     d = Decisions(tmp_path/'d.jsonl'); added(d); added(d, 'visit-2')
     for damaged in (d.path.read_bytes().replace(b'confirm', b'confurm', 1), d.path.read_bytes()[5:], b'{"action": "undo", "note": "visit-1", "who": "x", "when": "y"}\n' + d.path.read_bytes()):
         (tmp_path/'damaged.jsonl').write_bytes(damaged)
-        with pytest.raises(EdgenbError, match='line 1: not a decision'): Decisions(tmp_path/'damaged.jsonl')
+        with pytest.raises(EdgenbError, match='line 1: not what was written'): Decisions(tmp_path/'damaged.jsonl')
         assert (tmp_path/'damaged.jsonl').read_bytes() == damaged
+    (tmp_path/'damaged.jsonl').write_bytes(d.path.read_bytes().replace(b'correct', b'korrect') + b'{"note": \n{"no')   # a bad line is the last only if nothing follows
+    with pytest.raises(EdgenbError, match='line 3: not what was written'): Decisions(tmp_path/'damaged.jsonl')
     d.path.write_bytes(d.path.read_bytes()[:-400])
     with pytest.raises(EdgenbError, match='became shorter'): added(d)
 
@@ -219,7 +234,7 @@ def test_a_failed_write_leaves_no_trace_and_says_so(tmp_path, monkeypatch, fault
         with pytest.raises(KeyboardInterrupt if fault == 'interrupted' else EdgenbError, match=None if fault == 'interrupted' else 'disk is full'): added(d, 'visit-2')
     assert d.path.read_bytes() == before and d.state('visit-2') is None
     added(d, 'visit-2')
-    assert [x.note for x in Decisions(d.path).standing()] == ['visit-1', 'visit-2'] and not d.torn.exists()
+    assert [x.note for x in Decisions(d.path).standing()] == ['visit-1', 'visit-2'] and not d._log.torn.exists()
 
 
 def test_a_decision_is_synced_before_it_is_believed(tmp_path, monkeypatch):
@@ -238,7 +253,20 @@ def test_two_processes_write_to_one_file_and_lose_nothing(tmp_path):
     for i in range(10): added(mine, f'mine-{i}')
     assert [r.wait(60) for r in running] == [0, 0]
     added(mine, 'last')
-    assert len(mine.standing()) == len(Decisions(path).standing()) == 91 and not mine.torn.exists()
+    assert len(mine.standing()) == len(Decisions(path).standing()) == 91 and not mine._log.torn.exists()
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='no locks of files here')
+def test_a_writer_waits_for_another_to_finish(tmp_path):
+    import fcntl, threading
+    d = Decisions(tmp_path/'d.jsonl')
+    with open(d.path, 'rb') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=added, args=(d,))
+        waiting.start(); waiting.join(0.3)
+        assert waiting.is_alive() and d.path.read_bytes() == b''
+    waiting.join(20)
+    assert d.path.read_bytes().count(b'\n') == 1
 
 
 def test_the_table_of_what_was_decided_counts_notes_with_intervals(tmp_path):
@@ -417,7 +445,7 @@ def test_no_word_of_a_note_is_written_anywhere(tmp_path):
     for typed in ('1', 'u', 'c I10', 'x'): d.command(typed)
     with open(d.decisions.path, 'ab') as f: f.write(b'{"note": "visi')
     again = Decisions(d.decisions.path)
-    made = [summary_table(again.summary()), json.dumps(again.summary()), review_table(notes, suggestions, again), d.message, repr(corrections(again, notes, lambda t: t.replace(canary, 'A')))]
+    made = [summary_table(again.summary()), json.dumps(again.summary()), review_table(notes, suggestions, again), d.message, repr(corrections(again, notes, lambda t, patient: t.replace(canary, 'A')))]
     made += [p.read_text() for p in tmp_path.rglob('*') if p.is_file()]
     assert len(made) == 7 and not [m for m in made if canary in m or 'insulin' in m and m is not made[4]]
 
@@ -426,7 +454,9 @@ def test_only_what_was_confirmed_or_corrected_is_learned_from_and_only_deidentif
     d = Decisions(tmp_path/'d.jsonl')
     notes = [Note(f'visit-{i}', f'Ms. Kowalski, number {i}.', (Code('J45.909', spans=((0, 3),), primary=True), Code('E78.5')), patient='MRN 4471', language='es', kind='real', split='test') for i in range(5)]
     added(d, 'visit-0'); added(d, 'visit-1', 'correct', 'I10', None, who='Dr. Li'); added(d, 'visit-2', 'reject', None, None); added(d, 'visit-3'); d.undo('visit-3', 'Dr. Osei')
-    taught = corrections(d, notes, lambda t: t.replace('Kowalski', 'Anders'))
+    asked = []
+    taught = corrections(d, notes, lambda t, patient: (asked.append(patient), t.replace('Kowalski', 'Anders'))[1])
+    assert asked == ['MRN 4471']*2   # so that its surrogates can belong to the patient
     assert [(t.note.codes, t.who, t.action) for t in taught] == [((Code('J45.909', primary=True),), 'Dr. Osei', 'confirm'), ((Code('I10', primary=True),), 'Dr. Li', 'correct')]
     assert [t.when for t in taught] == [d.state(f'visit-{i}').when for i in (0, 1)] and all(t.note.language == 'es' and t.note.kind == 'real' and t.note.split == '' for t in taught)
     assert not re.search('Kowalski|4471|visit', repr(taught)) and taught[0].note.patient == taught[1].note.patient != ''
@@ -437,7 +467,7 @@ def test_the_same_note_is_learned_once_with_the_latest_code(tmp_path):
     notes = [Note('a', 'Has  insulin.'), Note('b', 'has insulin.'), Note('c', 'Neck supple.')]
     added(d, 'b', 'correct', 'I10', None); added(d, 'a'); added(d, 'c')
     for order in (notes, notes[::-1]):
-        taught = corrections(d, order, str)
+        taught = corrections(d, order, lambda t, patient: t)
         assert sorted(t.note.codes[0].code for t in taught) == ['J45.909', 'J45.909'] and len({t.note.id for t in taught}) == 2
 
 
@@ -445,8 +475,8 @@ def test_nothing_is_learned_without_a_way_to_deidentify(tmp_path):
     d = Decisions(tmp_path/'d.jsonl'); added(d)
     with pytest.raises(TypeError): corrections(d, [Note('visit-1', 'text')])
     with pytest.raises(EdgenbError, match='must be a function'): corrections(d, [Note('visit-1', 'text')], None)
-    with pytest.raises(EdgenbError, match='left no text of visit-1'): corrections(d, [Note('visit-1', 'text')], lambda t: '')
-    with pytest.raises(EdgenbError, match='the first is visit-1'): corrections(d, [Note('other', 'text')], str)
+    with pytest.raises(EdgenbError, match='left no text of visit-1'): corrections(d, [Note('visit-1', 'text')], lambda t, patient: '')
+    with pytest.raises(EdgenbError, match='the first is visit-1'): corrections(d, [Note('other', 'text')], lambda t, patient: t)
 
 
 # -- what confirmation brings

