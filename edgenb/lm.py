@@ -64,11 +64,12 @@ def _from_gguf(path: Path, out: Path):
     "A GGUF file as a folder of transformers: safetensors in 32-bit floats, tokenizer, chat template."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from edgenb.gguf import mend_tokenizer
     # without dequantize=True the model keeps a quantizer, and cannot be saved
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
-    if 'quantization_config' in json.loads((Path(out)/'config.json').read_text(encoding='utf-8')): raise EdgenbError(f'transformers kept {path.name} quantized: it needs transformers >= 5.20')
+    mend_tokenizer(out, path)   # transformers does not take over how the file cuts text
 
 def base_folder(model_name_or_path: str   # 'bundled:smollm2-135m', a hub id, or a folder
                ) -> Path:                 # config.json, safetensors, tokenizer
