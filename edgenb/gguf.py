@@ -64,6 +64,18 @@ class _Bytes:
         try: return raw.decode('utf-8')
         except UnicodeDecodeError: self.bad(f'a text before byte {self.at:,} is not UTF-8')
 
+    def texts(self, n):
+        "A vocabulary has 100,000: as `text`, quickly."
+        data, at, end, found = self.data, self.at, len(self.data), []
+        if n > end: self.take(n)
+        for _ in range(n):
+            if at + 8 > end or (to := at + 8 + int.from_bytes(data[at:at + 8], 'little')) > end: self.at = min(at, end); self.take(end)
+            found.append(data[at + 8:to])
+            at = to
+        self.at = at
+        try: return [raw.decode('utf-8') for raw in found]
+        except UnicodeDecodeError: self.bad(f'a text before byte {at:,} is not UTF-8')
+
     def value(self, kind, key):
         if kind == TEXT: return self.text()
         if kind in SCALARS: return self.number(SCALARS[kind])
@@ -74,7 +86,8 @@ class _Bytes:
         key, kind = self.text(), self.number('I')
         if kind != ARRAY: return key, (kind, None, self.value(kind, key))
         item, n = self.number('I'), self.number('Q')
-        if item not in SCALARS: return key, (kind, item, [self.value(item, key) for _ in range(min(n, len(self.data)))])
+        if item == TEXT: return key, (kind, item, self.texts(n))
+        if item not in SCALARS: self.bad(f'{key} is a list of values of type {item}')
         return key, (kind, item, list(struct.unpack(f'<{n}{SCALARS[item]}', self.take(n*struct.calcsize(f'<{SCALARS[item]}')))))
 
 # %% ../nbs/42_gguf.ipynb #27d60f8d
@@ -120,10 +133,10 @@ def read_header(path: str | Path) -> Header:
     return Header(path, version, fields, tuple(tensors))
 
 # %% ../nbs/42_gguf.ipynb #093e5f31
-def check_gguf(path: str | Path) -> dict:
+def check_gguf(path: str | Path | Header) -> dict:
     "Facts of a model's GGUF file, which is whole; one clear `EdgenbError` for a file that is cut short, damaged, no GGUF or no model."
-    h = read_header(path)
-    arch = h.get('general.architecture')
+    h = path if isinstance(path, Header) else read_header(path)
+    path, arch = h.path, h.get('general.architecture')
     if h.get('general.type', 'model') != 'model' or not isinstance(arch, str): raise EdgenbError(f"{path} is a GGUF file of type {h.get('general.type')}, not of a model")
     if not h.tensors: raise EdgenbError(f'{path} holds no weights')
     if wrong := [k for k in ('block_count', 'embedding_length') if not isinstance(h.get(f'{arch}.{k}'), int)]: raise EdgenbError(f'{path} does not say its {arch}.{wrong[0]}: make it again')
@@ -149,27 +162,40 @@ def whole_file(path: str | Path):
         finally: temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
 
-def save_gguf(path, fields: dict, tensors: list, what: str) -> Path:
-    "Write a GGUF file: fields as in `Header`, tensors (name, shape, type, function that makes its array) one after the other."
-    gguf = need('gguf')
+def _text(value: str) -> bytes: return struct.pack('<Q', len(raw := value.encode())) + raw
+
+def _packed(kind, item, value) -> bytes:
+    if kind == TEXT: return _text(value)
+    if kind != ARRAY: return struct.pack(f'<{SCALARS[kind]}', value)
+    return struct.pack('<IQ', item, len(value)) + (b''.join(map(_text, value)) if item == TEXT else struct.pack(f'<{len(value)}{SCALARS[item]}', *value))
+
+def save_gguf(path: str | Path,
+              fields: dict,     # as in `Header`
+              tensors: list,    # of (name, shape, type, function that makes its array)
+              what: str         # for the progress bar
+             ) -> Path:
+    "Write a GGUF file of version 3, whole or not at all; one tensor at a time is in memory."
+    align, at, infos, sizes = fields.get('general.alignment', (U32, None, 32))[2], 0, [], []
+    for name, shape, kind, _ in tensors:
+        _, block, size = TENSOR_TYPES[TYPE_IDS[kind]]
+        sizes.append(math.prod(shape)//block*size)
+        infos.append(_text(name) + struct.pack(f'<I{len(shape)}QIQ', len(shape), *shape[::-1], TYPE_IDS[kind], at))
+        at += sizes[-1] + -sizes[-1] % align
+    head = b''.join([b'GGUF', struct.pack('<IQQ', 3, len(tensors), len(fields)), *(_text(k) + struct.pack('<I', v[0]) + _packed(*v) for k, v in fields.items()), *infos])
     with whole_file(path) as temporary:
-        w = gguf.GGUFWriter(temporary, fields.get('general.architecture', (TEXT, None, ''))[2])
-        for key, (kind, item, value) in fields.items():
-            if key != 'general.architecture' and not (kind == ARRAY and not value): w.add_key_value(key, value, gguf.GGUFValueType(kind), None if item is None else gguf.GGUFValueType(item))
-        if 'general.alignment' in fields: w.data_alignment = fields['general.alignment'][2]
-        for name, shape, kind, _ in tensors:
-            _, block, size = TENSOR_TYPES[TYPE_IDS[kind]]
-            w.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape)//block*size, gguf.GGMLQuantizationType(TYPE_IDS[kind]))
-        try:
-            w.write_header_to_file(); w.write_kv_data_to_file(); w.write_ti_data_to_file()
-            for _, _, _, make in progress(tensors, desc=what, unit='tensor', leave=False): w.write_tensor_data(make())
-        finally: w.close()
+        with open(temporary, 'wb') as f:
+            f.write(head + bytes(-len(head) % align))
+            for (name, _, _, make), size in zip(progress(tensors, desc=what, unit='tensor', leave=False), sizes):
+                data = np.ascontiguousarray(make())
+                if data.nbytes != size: raise EdgenbError(f'{name} has {data.nbytes:,} bytes where its type and shape say {size:,}')
+                f.write(data)
+                f.write(bytes(-size % align))
     return Path(path)
 
 def need(package: str):
     "A module that this work needs; `EdgenbError` says how to install it."
     try: return importlib.import_module(package)
-    except ImportError: raise EdgenbError(f"{package} is not installed here: pip install 'edgenb[gguf]'") from None
+    except ImportError: raise EdgenbError(f"{package} is not installed here: pip install 'edgenb[lab]'") from None
 
 def _prompt_field(prompt) -> dict:
     if prompt is None: return {}

@@ -84,7 +84,8 @@ def modelfile(path: str | Path,   # the GGUF file
               prompt=None         # an `edgenb.lm.Prompt`: the template is this prompt around the user's text
              ) -> str:
     "An Ollama Modelfile for a GGUF file: `ollama create NAME -f Modelfile`."
-    facts, fields = check_gguf(path), read_header(path).fields
+    h = read_header(path)
+    facts, fields = check_gguf(h), h.fields
     token = lambda name: fields['tokenizer.ggml.tokens'][2][fields[key][2]] if (key := f'tokenizer.ggml.{name}_token_id') in fields else ''
     system, stop = _chatml_system(path), token('eos')
     lines = [f'FROM ./{Path(path).name}']

@@ -131,7 +131,7 @@ def quantize(source: str | Path,         # a GGUF file in F32, F16 or BF16
     if engine not in ENGINES: raise EdgenbError(f'there is no engine {engine}.{did_you_mean(str(engine), ENGINES)}')
     if Path(source).resolve() == Path(path).resolve(): raise EdgenbError(f'{path} cannot be quantized into itself: give the new file another name')
     h = read_header(source)
-    check_gguf(source)
+    check_gguf(h)
     if coarse := [t for t in h.tensors if t.type not in ('F32', 'F16', 'BF16')]: raise EdgenbError(f'{source} is quantized already ({coarse[0].name} is {coarse[0].type}): quantize the F16 file it came from')
     weights = {} if imatrix is None else (imatrix if isinstance(imatrix, Importance) else load_importance(imatrix)).mean
     shapes = {t.name: t.shape for t in h.tensors}

