@@ -306,6 +306,12 @@ def test_any_typing_is_a_command_or_refused(typed):
     assert callable(getattr(Desk, name)) and all(isinstance(a, int) and 1 <= a <= 9 or a for a in arguments)
 
 
+def test_one_decision_after_the_other_can_be_taken_back(tmp_path):
+    d = desk_of(tmp_path/'d.jsonl')
+    for typed in ('1', '2', 'u', 'u'): d.command(typed)
+    assert d.decided == 0 and d.note.id == 'visit-0' and d.decisions.summary()['undone'] == 2
+
+
 def test_a_correction_to_what_was_put_first_is_a_confirmation(tmp_path):
     d = desk_of(tmp_path/'d.jsonl')
     d.command('c J45.909')
