@@ -160,6 +160,8 @@ def _loaded(base: Path, method: str, bf16: bool):
         kind = torch.bfloat16 if bf16 else torch.float32
         options = {'quantization_config': BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind), 'device_map': 'cuda' if torch.cuda.is_available() else 'cpu'}
     model, tokenizer = load_base(base, **options)
+    for m in model.modules():   # bitsandbytes repacks its weights in the first evaluation, after which gradients are lost without a word
+        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
     if not bf16 or method == 'qlora': return model, tokenizer
     tied = model.get_input_embeddings().weight
     linear = {id(m.weight) for m in model.modules() if type(m) is torch.nn.Linear and m.weight is not tied}

@@ -170,6 +170,22 @@ def test_every_method_learns_and_is_read_back(method, tiny, prompt, notes, tmp_p
     assert read == prompt and {p.dtype for p in model.parameters()} == {torch.float32}
     assert np.abs(lm_callable(model, tokenizer, prompt)(notes[1][0][:3])['logits'] - one_by_one(model, tokenizer, prompt, notes[1][0][:3])).max() < 1e-3
 
+def test_gradients_over_four_bits_are_the_same_after_an_evaluation(tiny, prompt, notes):
+    pytest.importorskip('bitsandbytes', reason='four-bit bases need bitsandbytes')
+    from edgenb.lora import _loaded, _pieces, added, answer_loss, packed
+    model, tokenizer = _loaded(tiny, 'qlora', False)
+    model = added(model, 'qlora', 4, 8)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if 'lora_B' in n: p.copy_(torch.randn_like(p)*0.05)
+    batch, found = packed(_pieces(tokenizer, prompt, *(v[:4] for v in notes[0])), model), []
+    for _ in range(2):
+        model.train().zero_grad()
+        answer_loss(model, batch).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        with torch.no_grad(): answer_loss(model.eval(), batch)
+    assert (found[0] - found[1]).norm() < 0.01*found[0].norm()
+
 def test_an_interrupted_run_goes_on_to_the_same_adapter(tiny, prompt, notes, adapter, tmp_path, monkeypatch):
     from safetensors.torch import load_file
     from transformers.trainer_callback import EarlyStoppingCallback
