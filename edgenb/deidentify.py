@@ -143,7 +143,7 @@ _PEOPLE = frozenset('wife husband spouse son daughter mother father mom dad sist
 _AFTER = r"(?:(?<=[\p{L}.]),?[ \t]+(?:M\.?D|D\.?O|R\.?N|B\.?S\.?N|NP|APRN|A?C?NP|FNP(?:-C)?|PA(?:-C)?|LPN|LVN|Ph\.?D|DDS|DPM|PharmD|CNA|CRNA|LCSW|RD|RT|DPT|MBBS)\b)"
 _CLINICAL_ENDS = tuple('''itis osis emia uria oma omas pathy plasty algia ectomy otomy ostomy scopy scopic graphy graphic therapy logical ologic ology ologist gram mab nib parin cillin mycin floxacin prazole sartan statin azole azepam
     gliptin gliflozin glutide triptan setron olol pril mide thiazide cycline patía plastia ectomía otomía ostomía scopia grafía terapia ología ológico ológica grama coccus bacter bacterium'''.split())
-_ADJECTIVE_ENDS = tuple('ical ically eal onal ally atic etic otic ative atous ition ation ism ity ística ístico ética ético ional iones ción idad'.split())
+_ADJECTIVE_ENDS = tuple('ical ically eal onal ally atic etic otic ative atous ition ation ism ity ística ístico ética ético ional iones'.split())
 _PARTICLES = frozenset('de del la las los da das do dos di du le van von der den ter bin ibn al el y e st'.split())
 
 @functools.cache
