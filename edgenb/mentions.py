@@ -287,10 +287,9 @@ def make_network(members: int, width: int, mean: np.ndarray, spread: np.ndarray,
             return sum(m(x) for m in self.members)/len(self.members)*self.line[0] + self.line[1]
     return Scorer()
 
-def train_member(network, n: int, x, y, epochs: int, learning_rate: float, seed: int):
+def train_member(network, n: int, x, y, epochs: int, learning_rate: float):
     "Fit one member to features (torch tensor, standardised) and truth."
     import torch
-    torch.manual_seed(seed)
     member, batch = network.members[n].train(), 128
     optimiser = torch.optim.AdamW(member.parameters(), learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, epochs*math.ceil(len(x)/batch))
@@ -401,14 +400,16 @@ def trained(x, y, of, notes, members, width, epochs, learning_rate, seed):   # t
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        network = make_network(members, width, x.mean(0), np.maximum(x.std(0), 1e-3))
-        share = np.random.default_rng(seed).permutation(notes) % members
-        z, t, logits = network.standard(torch.from_numpy(x)), torch.from_numpy(y.astype(np.float32)), np.zeros(len(y))
-        for n in range(members):
-            held = torch.from_numpy(share[of] == n)
-            train_member(network, n, z[~held], t[~held], epochs, learning_rate, seed*members + n)
-            with torch.no_grad(): logits[held.numpy()] = network.members[n](z[held])[:, 0].numpy()
-        return network.eval(), logits
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = make_network(members, width, x.mean(0), np.maximum(x.std(0), 1e-3))
+            share = np.random.default_rng(seed).permutation(notes) % members
+            z, t, logits = network.standard(torch.from_numpy(x)), torch.from_numpy(y.astype(np.float32)), np.zeros(len(y))
+            for n in range(members):
+                held = torch.from_numpy(share[of] == n)
+                train_member(network, n, z[~held], t[~held], epochs, learning_rate)
+                with torch.no_grad(): logits[held.numpy()] = network.members[n](z[held])[:, 0].numpy()
+            return network.eval(), logits
     finally: torch.set_num_threads(threads)
 
 def built(network, variant, calibration) -> bytes:

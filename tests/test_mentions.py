@@ -144,6 +144,15 @@ def test_a_saved_coder_and_one_in_8_bits_answer_alike(coder, tmp_path):
     assert sum(small.predict(n) == coder.predict(n) for n in notes) >= 28 and len(small.onnx) < len(coder.onnx)
 
 
+def test_the_same_notes_and_seed_give_the_same_coder_whatever_was_drawn_before(coder):
+    import torch
+    torch.manual_seed(123)
+    before = torch.random.get_rng_state()
+    again, other = (Coder.fit(made_up(60, 0), language='en', seed=seed, members=2, epochs=40, titles=False) for seed in (0, 1))
+    note = made_up(1, 7)[0]
+    assert again.rank(note) == coder.rank(note) != other.rank(note) and again.threshold == coder.threshold and torch.equal(before, torch.random.get_rng_state())
+
+
 def test_a_saved_coder_holds_no_sentence_of_a_note(coder, tmp_path):
     text = (coder.save(tmp_path/'coder')/'lexicon.json').read_text()
     assert 'stable' not in json.loads(text)['counts'] and 'Seen for' not in text and not any(n.text[:20] in text for n in made_up(60, 0))
