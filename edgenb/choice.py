@@ -12,7 +12,7 @@ from .core import EdgenbError
 
 # %% ../nbs/22_choice.ipynb #0506f9f9
 AXES = {'value': 1, 'p95_ms': -1, 'size_mb': -1, 'rss_mb': -1, 'energy_mj': -1}   # figure of a row -> 1: more is better
-WIDTHS = {'fp32': 0, 'fp16': 1, 'int8': 2, 'int4': 3}
+WIDTHS = {'fp32': 0, 'fp16': 1, 'int8': 2, 'int5': 3, 'int4': 4, 'int3': 5}
 UNITS = {'value': '', 'p95_ms': ' ms', 'size_mb': ' MB on disk', 'rss_mb': ' MB of memory', 'energy_mj': ' mJ'}
 
 def dominates(a: dict, b: dict, axes: dict = AXES) -> bool:

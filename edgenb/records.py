@@ -198,7 +198,7 @@ def learn(run,
     if bool(decisions) != bool(source): raise EdgenbError('learn: pass both decisions and source, or neither')
     if decisions:
         record, notes, maker = Decisions(decisions), read_notes(source, language), Deidentifier(language=language)
-        found, asked = corrections(record, notes, lambda text: maker.replace(text)[0]), None
+        found, asked = corrections(record, notes, lambda text, patient: maker.replace(text, patient)[0]), None
     else:
         notes, bundle = frozen_notes(run, 'field'), load_bundle(bundle_of(run))
         if not notes: raise EdgenbError('learn: no notes were held back for the field: enter data with field=0.1, or pass decisions and source')
@@ -210,7 +210,7 @@ def learn(run,
             listed = [classes[j] for j in np.argsort(-answer['probabilities'][i])[:5]]
             record.add(notes[i].id, 'simulated', 'confirm' if said == truth else 'correct', (said, float(answer['score'][i])), truth, listed.index(truth) + 1 if truth in listed else None,
                        model=bundle.manifest['digest'], seconds=0.0)
-        found = corrections(record, [notes[i] for i in asked], lambda text: text)   # frozen notes are de-identified
+        found = corrections(record, [notes[i] for i in asked], lambda text, patient: text)   # frozen notes are de-identified
     save_notes([f.note for f in found], run.new('new_notes.jsonl'))
     return {'summary': record.summary(), 'notes': len(found), 'asked': None if asked is None else len(asked), 'labels': dict(Counter(primary(f.note) for f in found)),
             'reviewer': 'as recorded' if decisions else 'simulated: the known codes of notes held back'}

