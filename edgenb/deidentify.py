@@ -481,19 +481,19 @@ def shift_date(text: str,               # a date in any of the forms that are fo
     out, at = [], 0
     for t in tokens:
         role = next((r for r, x in roles.items() if x is t), None)
-        out.append(text[at:t.start()] + _date_token(t[0], role, new, days, padded))
+        out.append(text[at:t.start()] + _date_token(t[0], role, new, days, padded, text[t.end():t.end() + 1] not in (' ', ',')))
         at = t.end()
     return ''.join(out) + text[at:]
 
-def _date_token(token, role, new, days, padded):
+def _date_token(token, role, new, days, padded, tight):
     low = token.lower()
     if role == 'compact': return new.strftime('%Y%m%d')
     if role == 'year': return f'{new.year:04}' if len(token) == 4 else f'{new.year % 100:02}'
     if role == 'day' or role == 'month' and token.isdigit(): return f'{getattr(new, role):0{2 if padded else 1}}'
-    if role == 'month':
+    if role == 'month':   # 'May' is short in 14-May-24, long elsewhere
         _, language, whole = _month(token)
         name = MONTHS[language][new.month - 1]
-        return _cased(name if whole and low != 'may' else name[:max(3, len(low) if not whole else 3)], token)
+        return _cased(name if whole and not (low == 'may' and tight) else name[:max(3, len(low) if not whole else 3)], token)
     if low in ('st', 'nd', 'rd', 'th'): return _cased('th' if 10 < new.day < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(new.day % 10, 'th'), token)
     for names in WEEKDAYS.values():
         for i, name in enumerate(names):
