@@ -9,14 +9,15 @@ from edgenb.ranking import review_effort
 from edgenb.runtime import size_mb
 
 ALONE = '''
-import json, resource, sys, time
+import json, os, sys, time
+from edgenb.measure import peak_memory_mb
 from edgenb.mentions import Coder
 from edgenb.notes import read_notes
 notes, start = read_notes(sys.argv[2], sys.argv[3]), time.process_time()
 coder = Coder.load(sys.argv[1])
 loaded, start = time.process_time() - start, time.process_time()
 for n in notes: coder.rank(n)
-print(json.dumps({'load': loaded, 'ms': 1000*(time.process_time() - start)/len(notes), 'mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024}))
+print(json.dumps({'load': loaded, 'ms': 1000*(time.process_time() - start)/len(notes), 'mb': peak_memory_mb(os.getpid())}))
 '''
 
 
