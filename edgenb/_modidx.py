@@ -884,6 +884,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'edgenb.pipeline.rank': ('pipeline.html#rank', 'edgenb/pipeline.py'),
                                  'edgenb.pipeline.resize': ('pipeline.html#resize', 'edgenb/pipeline.py'),
                                  'edgenb.pipeline.row_bytes': ('pipeline.html#row_bytes', 'edgenb/pipeline.py'),
+                                 'edgenb.pipeline.sections': ('pipeline.html#sections', 'edgenb/pipeline.py'),
                                  'edgenb.pipeline.softmax': ('pipeline.html#softmax', 'edgenb/pipeline.py'),
                                  'edgenb.pipeline.text': ('pipeline.html#text', 'edgenb/pipeline.py'),
                                  'edgenb.pipeline.text_pipeline': ('pipeline.html#text_pipeline', 'edgenb/pipeline.py'),

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .certificate import require
 from .core import EdgenbError, progress, room, within, write_json
 from .data import examples_of
+from .notes import REASON
 from .pipeline import Pipeline, text_pipeline
 from .weights import fetch, weights_digest
 
@@ -132,7 +133,8 @@ def _outside(model_name_or_path, **_): return weights_digest('base', model_name_
 @room(2, needs=('data',), libraries=('torch', 'numpy', 'peft', 'transformers', 'tokenizers', 'scipy'), reads=_outside)
 def tune(run,
          model_name_or_path: str = 'bundled:minilm-l6',   # or a hub id or folder of a transformers encoder
-         length: int = 128,                  # word pieces of a note that are read
+         sections: list = REASON,            # of a note that are read; []: all of it
+         length: int = 128,                  # word pieces of them that are read
          num_train_epochs: int = 8, batch_size: int = 16, learning_rate: float = 3e-3,
          lora_r: int = 16, lora_alpha: int = 16, patience: int = 3,
          threshold: float = 0.5,             # a confidence below it goes to review
@@ -148,7 +150,7 @@ def tune(run,
     net, tokenizer = load_encoder(model_name_or_path, len(classes))
     most = net.body.config.max_position_embeddings
     if length > most: raise EdgenbError(f'tune: length = {length}, this encoder reads at most {most} word pieces')
-    pipeline = text_pipeline(classes, tokenizer, length, threshold=threshold).with_step('tokens', pad=net.pad)
+    pipeline = text_pipeline(classes, tokenizer, length, threshold=threshold, sections=sections).with_step('tokens', pad=net.pad)
     def read(split):
         found = examples_of(run, split)
         return found, np.stack([pipeline.before(e.read()) for e in progress(found, desc=f'reading {split} notes', unit='note')]), np.array([classes.index(e.label) for e in found])

@@ -14,6 +14,7 @@ from .certificate import require
 from .core import EdgenbError, did_you_mean, progress, room, within, write_atomic, write_json
 from .data import examples_of
 from .lm import Prompt, base_folder, lm_callable, load_base, make_prompt, token_logprobs
+from .notes import REASON
 from .pipeline import Pipeline, text_pipeline
 from .runtime import LIBRARIES, ready, size_mb
 from .weights import weights_digest
@@ -63,7 +64,8 @@ def tune(run,
          method: str = 'lora',               # also 'qlora', 'prefix', 'adapter', 'ia3'
          instruction: str = ASKED,           # what is asked before the note
          list_codes: bool = False,           # put the codes with their descriptions into the instruction
-         max_tokens: int = 192,              # of a note that are read
+         sections: list = REASON,            # of a note that are read; []: all of it
+         max_tokens: int = 192,              # of them that are read
          num_train_epochs: int = 5, batch_size: int = 4, learning_rate: float = 0.0,   # 0: the method's own
          lora_r: int = 16, lora_alpha: int = 32, patience: int = 3,
          threshold: float = 0.5,             # a confidence below it goes to review
@@ -82,7 +84,7 @@ def tune(run,
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(base_folder(model_name_or_path))
     told = with_list(classes, {c: lookup(c).description for c in classes}) if list_codes else instruction
-    prompt, pipeline = make_prompt(tokenizer, told, classes, max_tokens=max_tokens), text_pipeline(classes, max_characters=40*max_tokens, threshold=threshold)
+    prompt, pipeline = make_prompt(tokenizer, told, classes, max_tokens=max_tokens), text_pipeline(classes, max_characters=40*max_tokens, threshold=threshold, sections=sections)
     training, held = _read(run, 'train', pipeline), _read(run, 'validation', pipeline)
     out = run.out/'adapter'
     trained = train(model_name_or_path, prompt, training, held, out, run.work, method=method, num_train_epochs=num_train_epochs, batch_size=batch_size, learning_rate=learning_rate,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'BEFORE', 'AFTER', 'FORMAT', 'decode', 'resize', 'to_tensor', 'row_bytes', 'input_bytes', 'filled',
-           'window', 'text', 'tokens', 'softmax', 'decide', 'rank', 'Pipeline', 'text_pipeline', 'image_pipeline']
+           'window', 'text', 'sections', 'tokens', 'softmax', 'decide', 'rank', 'Pipeline', 'text_pipeline',
+           'image_pipeline']
 
 # %% ../nbs/11_pipeline.ipynb #e685c4b7
 import functools, io, json, re, warnings
@@ -118,6 +119,13 @@ def text(sample,                     # path of a text file, its bytes
     if len(found) > max_characters: raise EdgenbError(f'{name} has {len(found):,} characters, this model takes {max_characters:,} at a time: cut it into windows (edgenb.notes.windows)')
     return found
 
+def sections(note: str,
+             names: list   # of `edgenb.notes.SECTIONS`
+            ) -> str:
+    "The sections of these names; the whole note where it has none of them."
+    from edgenb.notes import relevant
+    return relevant(note, names)
+
 @functools.lru_cache(maxsize=4)
 def _tokenizer(description: str):
     try: from tokenizers import Tokenizer
@@ -168,7 +176,7 @@ def rank(state: dict,
     return state | {'score': p.max(-1), 'label': p.argmax(-1), 'decision': np.where(p.max(-1) >= threshold, 'suggest', 'review').astype('<U7')}
 
 # %% ../nbs/11_pipeline.ipynb #3633f29a
-BEFORE = {'decode': (1, decode), 'resize': (1, resize), 'to_tensor': (1, to_tensor), 'window': (1, window), 'text': (1, text), 'tokens': (1, tokens)}
+BEFORE = {'decode': (1, decode), 'resize': (1, resize), 'to_tensor': (1, to_tensor), 'window': (1, window), 'text': (1, text), 'sections': (1, sections), 'tokens': (1, tokens)}
 AFTER = {'softmax': (1, softmax), 'decide': (1, decide), 'rank': (1, rank)}
 FORMAT = 1   # of pipeline.json
 
@@ -253,9 +261,11 @@ class Pipeline:
 # %% ../nbs/11_pipeline.ipynb #ef639b81
 def text_pipeline(classes: list,                              # in the order of the model's outputs
                   tokenizer: str = '', length: int = 0,       # of an encoder; a language model brings its own
-                  max_characters: int = 20_000, threshold: float = 0.5) -> Pipeline:
+                  max_characters: int = 20_000, threshold: float = 0.5,
+                  sections: list = []                         # that are read; []: the whole note
+                 ) -> Pipeline:
     "The pipeline of a model that says which class a note is of."
-    steps = [{'step': 'text', 'max_characters': max_characters}, *([{'step': 'tokens', 'tokenizer': tokenizer, 'length': length, 'pad': 0}] if tokenizer else []), {'step': 'model'},
+    steps = [{'step': 'text', 'max_characters': max_characters}, *([{'step': 'sections', 'names': list(sections)}] if sections else []), *([{'step': 'tokens', 'tokenizer': tokenizer, 'length': length, 'pad': 0}] if tokenizer else []), {'step': 'model'},
              {'step': 'softmax', 'temperature': 1.0, 'bias': None}, {'step': 'rank', 'threshold': threshold}]
     return Pipeline(tuple({'step': s.pop('step'), 'version': 1, **s} for s in steps), tuple(classes))
 

@@ -233,7 +233,7 @@ def answers(models: dict,    # name -> function, or the `EdgenbError` that loadi
             except Exception as e: failed[n] = EdgenbError(f'{type(e).__name__}: {reason(e)}')   # whatever an engine raises, it is that artifact's failure
     return {n: failed[n] if n in failed else pipeline.after({'logits': np.concatenate(l)}) | {'negative': negative} for n, l in logits.items()}
 
-def language(models: dict, built: list, pipeline, tests: list, num_threads: int = 1, seed: int = 0, examples: int = 24) -> dict:   # artifact -> {'language': ...}
+def language(models: dict, built: list, pipeline, tests: list, num_threads: int = 1, seed: int = 0, examples: int = 12) -> dict:   # artifact -> {'language': ...}
     "Of language models also: how far the next word's distribution is from the reference's where the answer is written (KL divergence in nats, share of places with the same first choice), and the speed of writing."
     from edgenb.lm import divergence
     from edgenb.runtimes.common import reason
@@ -246,7 +246,7 @@ def language(models: dict, built: list, pipeline, tests: list, num_threads: int 
         if isinstance(model, EdgenbError) or not hasattr(model, 'token_logprobs'): continue
         found[name] = {'language': divergence(wanted, model.token_logprobs(notes, labels)) | {'places': sum(map(len, wanted))}}
     for a in built:
-        try: found.setdefault(a['artifact'], {'language': {}})['language'] |= runtime(a['runtime']).speed(a['path'], notes, num_threads)
+        try: found.setdefault(a['artifact'], {'language': {}})['language'] |= runtime(a['runtime']).speed(a['path'], notes[:8], num_threads)
         except EdgenbError as e: found[a['artifact']]['language'] |= {'speed': reason(e)}   # its answers have failed as well, and say why
     return finite(found)
 
@@ -255,10 +255,10 @@ def over_units(answer: dict, units: list) -> dict:
     at = [u.first + int(np.argmax(answer['score'][u.first:u.last])) for u in units]
     return {k: v if k == 'negative' else np.asarray(v)[at] for k, v in answer.items() if k in ('score', 'label', 'negative', 'probabilities')}
 
-def _loaded(artifact):
+def _loaded(artifact, num_threads=1):
     "An artifact's model, or the error that loading it ends in: that is a verdict on it, not on the others."
     from edgenb.runtime import ready
-    try: return ready(artifact['runtime']).load(artifact['path'])
+    try: return ready(artifact['runtime']).load(artifact['path'], num_threads)
     except EdgenbError as e: return e
 
 def measured(candidates: list, budget_ms: float, **kw) -> dict:   # artifact -> row of figures
@@ -348,7 +348,8 @@ def verify(run,
     hop = {'artifact': 'squeezed', 'runtime': 'torch', 'precision': 'fp32', 'path': squeezed_file(run), 'runs_here': True}
     built = [a | {'path': run.file('compile', a['file'])} for a in run.card('compile').result['artifacts']]
     here = [a for a in built if a['runs_here']]
-    models = {'reference': runtime('torch').load(reference['path']), 'squeezed': squeezed_callable(run), **{a['artifact']: _loaded(a) for a in here}}
+    threads = find_device('local').cores if pipeline.input == 'text' else 1   # a language model takes its time; what is timed below keeps to num_threads
+    models = {'reference': runtime('torch').load(reference['path'], threads), 'squeezed': squeezed_callable(run), **{a['artifact']: _loaded(a, threads) for a in here}}
     kept, words = answers(models, pipeline, tests, negative), language(models, here, pipeline, tests, num_threads, seed)
     del models
     each = {n: a for n, a in kept.items() if isinstance(a, dict)}

@@ -58,20 +58,18 @@ class Gguf(Runtime):
         return run
 
     @classmethod
-    def speed(cls, path: Path, notes: list, num_threads: int = 1, tokens: int = 64) -> dict:
+    def speed(cls, path: Path, notes: list, num_threads: int = 1, tokens: int = 32) -> dict:
         """How fast a file is here: load_ms until a note can be read; ttft_ms, the median time from a note to the first token when nothing is kept; tokens_per_s of plain generation after that;
-        notes_per_s of `Engine.code` with the instruction kept, scored_per_s of `Engine.score`."""
+        notes_per_s of `Engine.code` with the instruction kept."""
         if not len(notes): raise EdgenbError('speed needs notes to be measured on')
         start = time.perf_counter()
         engine, prompt = open_model(path, num_threads)
         engine.code(notes[:1], prompt)
-        load, rates = 1000*(time.perf_counter() - start), {}
-        for name, work in (('notes_per_s', engine.code), ('scored_per_s', engine.score)):
-            start = time.perf_counter()
-            work(notes, prompt)
-            rates[name] = len(notes)/(time.perf_counter() - start)
+        load, start = 1000*(time.perf_counter() - start), time.perf_counter()
+        engine.code(notes, prompt)
+        rate = len(notes)/(time.perf_counter() - start)
         tokens = min(tokens, engine.n_ctx)
         engine.close()
         free = Engine(path, num_threads, n_ctx=min(engine.trained, engine.n_ctx + tokens))
-        plain = [free.generate(free.prompt_tokens(n, prompt), max_tokens=tokens, ends=False) for n in notes[:8]]
-        return {'load_ms': load, **{k: statistics.median(p[k] for p in plain) for k in ('ttft_ms', 'tokens_per_s')}, **rates}
+        plain = [free.generate(free.prompt_tokens(n, prompt), max_tokens=tokens, ends=False) for n in notes[:5]]
+        return {'load_ms': load, **{k: statistics.median(p[k] for p in plain) for k in ('ttft_ms', 'tokens_per_s')}, 'notes_per_s': rate}
