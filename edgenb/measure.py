@@ -193,7 +193,7 @@ class Worker(Subject):
     "What a candidate can be asked for; every answer is plain JSON."
     def first(self):
         "Load time (import and artifact) and time of the first decision, ms."
-        return {'load_ms': self.load_ms, 'first_ms': self.decide(self.held[0])[1]*1e3, 'any_batch': self.runtime.any_batch and not (self.pipeline and self.pipeline.input == 'text'), 'computes_on': self.runtime.computes_on}
+        return {'load_ms': self.load_ms, 'first_ms': self.decide(self.held[0])[1]*1e3, 'any_batch': self.runtime.any_batch and not (self.pipeline and self.pipeline.input in ('text', 'tokens')), 'computes_on': self.runtime.computes_on}
 
     def block(self, n):
         "Seconds of `n` decisions, as a whole and of the model alone, and the CPU time of one, all threads together."

@@ -354,7 +354,7 @@ def verify(run,
     del models
     each = {n: a for n, a in kept.items() if isinstance(a, dict)}
     if subjects is not tests: kept |= {n: over_units(a, subjects) for n, a in each.items()}
-    slow = {'warm_up': 2, 'block': 5} if pipeline.input == 'text' else {}   # a language model thinks for half a second
+    slow = {'warm_up': 1, 'block': min(timing_runs, 15)} if pipeline.input == 'text' else {}   # a language model thinks for half a second
     figures = measured([{'artifact': a['artifact'], 'runtime': a['runtime'], 'file': a['path'], 'pipeline': run.file('tune', 'pipeline.json'), 'inputs': [e.path for e in tests[:50]]} for a in (reference, *here)],
                        latency_budget_ms, runs=timing_runs, num_threads=num_threads, **slow, power_w=about.power_w if device == 'local' else ())
     few = [{pipeline.input: pipeline.before(e.read())[None]} for e in tests[:4]]
