@@ -1,6 +1,6 @@
 """The coder of mentions on CodiEsp, as fitted and as shipped, beside a word baseline fitted in the same run, GPT-4's published codes and published figures.
 
-`EDGENB_SHARED_DATA=... python benchmarks/codiesp.py [es] [en] [--part dev] [--seed 0] [--no-baseline]`. The files are not part of the repository; where they come from is in nbs/48_codiesp.ipynb.
+`EDGENB_SHARED_DATA=... python benchmarks/codiesp.py [es] [en] [--part dev] [--seed 0] [--no-baseline]`. The files are not part of the repository; where they come from is in nbs/51_codiesp.ipynb.
 `--part dev` fits on the training part and scores the development part: choices are made there. The test part is for the end.
 """
 import argparse, json, resource, subprocess, sys, tempfile, time

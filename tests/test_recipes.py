@@ -1,5 +1,5 @@
 "The recipes as a user runs them: through the command line, interrupted, again, and compared."
-import json, os, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pytest
@@ -115,3 +115,57 @@ def test_substation_goes_round_the_whole_loop_and_a_second_run_skips_every_room(
     assert again['path'] != row['path'] and again['digest'] == row['digest']
     text = (Path(again['path'])/'substation.ipynb').read_text()
     assert ': done in' not in text and all(f'0{n}-{r}: taken over' in text for n, r in enumerate('data tune squeeze compile verify ship watch learn'.split(), 1))
+
+
+OFFLINE = """import ctypes, fcntl, os, socket, struct, sys
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+uid, gid = os.getuid(), os.getgid()
+if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWNET): sys.exit(77)
+for name, line in (('setgroups', 'deny'), ('uid_map', f'0 {uid} 1'), ('gid_map', f'0 {gid} 1')): open(f'/proc/self/{name}', 'w').write(line)
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s: fcntl.ioctl(s, 0x8914, struct.pack('16sh', b'lo', 1))   # SIOCSIFFLAGS, IFF_UP: a notebook's kernel listens on the loopback, there is no other interface
+os.execv(sys.argv[1], sys.argv[1:])
+"""   # a network namespace of its own, as `unshare -rn` makes one
+
+
+@pytest.fixture(scope='module')
+def icd(tmp_path_factory):
+    "A smoke run of the ICD recipe without any network; skipped where the weights cannot be had."
+    from edgenb.core import EdgenbError
+    from edgenb.lm import base_folder
+    from edgenb.runtime import runtime
+    from edgenb.weights import fetch
+    if why := runtime('gguf').missing(): pytest.skip(why)
+    try: base_folder('bundled:smollm2-135m'); fetch('minilm-l6')
+    except EdgenbError as e: pytest.skip(str(e))
+    workspace = tmp_path_factory.mktemp('clinic')
+    (workspace/'settings.ini').write_text((root/'settings.ini').read_text())
+    (workspace/'nbs').symlink_to(root/'nbs')
+    go = [sys.executable, '-c', OFFLINE, str(edgenb), 'run', 'icd', '-p', 'smoke', 'true', '-p', 'num_threads', '1', '--no-progress', '--json']
+    process = subprocess.Popen(go, cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = process.communicate(timeout=900)
+    if process.returncode == 77: pytest.skip('this system allows no network namespaces')
+    assert process.returncode == 0, err
+    return workspace, json.loads(out.splitlines()[-1])
+
+
+def test_icd_goes_round_the_whole_loop_without_a_network(icd):
+    workspace, row = icd
+    assert row['reached'] == 'learn' and row['data'] == 'synthetic'
+    rows = {r['artifact']: r for r in card(row, 'verify')['result']['rows']}
+    assert {'reference', 'squeezed', 'gguf-f16', 'gguf-q4_k_m', 'gguf-base'} <= set(rows) and rows['gguf-f16']['language']['kl_mean'] < 0.01 < rows['gguf-base']['language']['kl_mean']
+    assert rows['gguf-q4_k_m']['size_mb'] < 120 < rows['gguf-f16']['size_mb'] and 'made from synthetic data' in json.loads((Path(row['bundle'])/'manifest.json').read_text())['warnings']
+    (workspace/'visit.txt').write_text('CC: dysuria\nHPI: urgency x2d, no fever\nA/P: UTI. nitrofurantoin 100 mg BID x5d')
+    done = subprocess.run([edgenb, 'predict', row['bundle'], 'visit.txt', '--json'], cwd=workspace, capture_output=True, text=True)
+    assert done.returncode == 0 and len(json.loads(done.stdout)['codes']) == 5, done.stderr
+
+
+def test_no_name_of_a_patient_is_left_in_anything_the_icd_recipe_wrote(icd):
+    "The invented notes lie beside the runs as they were written; everything in a run is made of de-identified ones."
+    workspace, row = icd
+    source, = (workspace/'runs'/'icd'/'synthetic').glob('*.jsonl')
+    patients = {json.loads(l)['patient'] for l in source.read_text().splitlines()}
+    written = {p: p.read_bytes() for p in Path(row['path']).rglob('*') if p.is_file() and p.suffix in ('.json', '.jsonl', '.ipynb', '.txt', '.md', '')}
+    assert len(written) > 40 and not [p for p, content in written.items() for name in patients if name.encode() in content]
+    numbers = {n for l in source.read_text().splitlines() for n in re.findall(r'MRN (\d{7})', json.loads(l)['text'])}
+    found = {n for n in numbers if any(n.encode() in content for content in written.values())}
+    assert len(numbers) > 20 and not found
