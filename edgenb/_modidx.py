@@ -213,6 +213,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'edgenb.core._enter': ('core.html#_enter', 'edgenb/core.py'),
                              'edgenb.core._imported': ('core.html#_imported', 'edgenb/core.py'),
                              'edgenb.core._intact': ('core.html#_intact', 'edgenb/core.py'),
+                             'edgenb.core._left': ('core.html#_left', 'edgenb/core.py'),
                              'edgenb.core._link': ('core.html#_link', 'edgenb/core.py'),
                              'edgenb.core._load': ('core.html#_load', 'edgenb/core.py'),
                              'edgenb.core._locked': ('core.html#_locked', 'edgenb/core.py'),

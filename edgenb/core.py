@@ -279,6 +279,14 @@ class Card:
 # %% ../nbs/00_core.ipynb #636f85b0
 ROOMS: dict = {name: n for n, name in enumerate(('data', 'tune', 'squeeze', 'compile', 'verify', 'ship', 'watch', 'learn'), 1)}   # name -> number; `room` adds others
 
+def _left(wrote: dict, most: int = 8) -> list:
+    "Files with their digests, in words; of a folder with many only how many."
+    folders: dict = {}
+    for p, d in wrote.items():
+        name = p.split('/', 1)[1]
+        folders.setdefault(str(Path(name).parent), []).append((name, d))
+    return [told for folder, files in folders.items() for told in ([f'{n} `{d[:8]}`' for n, d in files] if folder == '.' or len(files) <= most else [f'{folder}/ ({len(files)} files) `{digest_of(files)[:8]}`'])]
+
 class Run:
     "A run's folder: its cards and files."
     def __init__(self, path: str | Path,         # the run's folder, made when the first room is entered
@@ -342,7 +350,7 @@ class Run:
         "Markdown table: which room read what from where, and what it left."
         rows = ['| room | key | read | left | seconds |', '|---|---|---|---|---|']
         rows += [f"| {c.room} | `{c.key[:8]}` | {', '.join(f'{n} `{d[:8]}`' for n, d in c.read.items())} | "
-                 f"{', '.join(f'{p.split(chr(47), 1)[1]} `{d[:8]}`' for p, d in c.wrote.items())} | {c.seconds:.1f} |" for c in self.cards()]
+                 f"{', '.join(_left(c.wrote))} | {c.seconds:.1f} |" for c in self.cards()]
         return '\n'.join(rows)
 
     def _repr_markdown_(self): return f'**{self.path}**\n\n{self.lineage()}'

@@ -396,7 +396,7 @@ def _row(a, kept, figures, y, pipeline, subjects, few, device, budgets, paramete
     if name == 'reference': row |= {'reason': 'what the others are compared with'}
     elif a['runtime'] != 'torch':
         row |= _judged(row, p, device, budgets, parameters, tolerance if p.metric == metric else other_tolerance)
-        if a.get('refused'): row |= {'verdict': 'fail', 'reason': f"refused on validation images: {a['refused']}" + ('' if p.verdict == 'pass' else f"; {row['reason']}"), 'over': {'validation': [None, None]}}   # test images do not choose
+        if a.get('refused'): row |= {'verdict': 'fail', 'reason': f"refused on validation examples: {a['refused']}" + ('' if p.verdict == 'pass' else f"; {row['reason']}"), 'over': {'validation': [None, None]}}   # test images do not choose
         if p.verdict == 'fail' and (blame := _blamed(row, built, few)): row |= {'reason': f"{row['reason']}; {blame}"}
     return finite(row)
 

@@ -277,7 +277,7 @@ def test_what_cannot_run_here_has_to_meet_the_bounds_that_are_known_without_runn
 def test_the_loss_that_keeps_an_artifact_out_is_told_with_the_tolerance_that_would_let_it_in(copied, unmeasured):
     only(copied, 'odd-int8')
     refused = verify(copied, tolerance=1.0, latency_budget_ms=50.0, timing_runs=5).result
-    assert refused['chosen'] is None and 'refused on validation images' in refused['why']    # no tolerance on test images brings back what validation refused
+    assert refused['chosen'] is None and 'refused on validation examples' in refused['why']    # no tolerance on test images brings back what validation refused
     only(copied, 'odd-int8', refused='')   # as if validation images had not shown it
     said = verify(copied, tolerance=0.2, latency_budget_ms=50.0, timing_runs=5).result['why']
     assert 'the tightest bound is loss of accuracy: odd-int8 needs ' in said and 'the budget is 0.2;' in said
