@@ -164,4 +164,4 @@ def tune(run,
     write_json(run.new('network.json'), {'encoder': net.config})
     pipeline.save(run.new('pipeline.json'))
     return {'history': history, 'validation': min(history, key=lambda h: h['validation_loss']), 'calibration': calibration, 'decision': pipeline.step('rank'), 'overridden_gates': overridden,
-            'trained': len(ids), 'threads': num_threads, 'parameters': sum(p.numel() for p in net.parameters())}
+            'trained': len(ids), 'cut': int((ids[:, -1] != net.pad).sum()), 'threads': num_threads, 'parameters': sum(p.numel() for p in net.parameters())}

@@ -7,7 +7,7 @@ __all__ = ['PROBES', 'GPU_METHODS', 'identity', 'render', 'same_rendering', 'mod
            'gpu_missing', 'gpu_quantize']
 
 # %% ../nbs/52_handoff.ipynb #67d51657
-import importlib.util, json, os, shutil, tempfile
+import importlib.util, json, os, shlex, shutil, tempfile
 from pathlib import Path
 from .core import EdgenbError, did_you_mean, digest_of, file_errors
 from .gguf import SPECIALS, check_gguf, need, read_header, tokenizer_fields
@@ -112,7 +112,7 @@ def vllm_command(folder: str | Path,   # the merged Hugging Face folder
 def vllm_readme(folder: str | Path, name: str, prompt) -> str:
     "How to serve a folder with vLLM (0.12 or later) and ask it as the recipe did: Markdown."
     body = {'model': name, 'prompt': prompt.prefix + 'NOTE' + prompt.suffix, 'add_special_tokens': False, 'temperature': 0, 'stop': [prompt.end], 'structured_outputs': {'choice': list(prompt.answers)}}
-    return (f"# {name} with vLLM\n\n```sh\n{' '.join(vllm_command(folder, name))}\n```\n\nPut the note in place of NOTE, cut to {prompt.max_tokens} tokens, and POST this to `/v1/completions`; "
+    return (f"# {name} with vLLM\n\n```sh\n{shlex.join(vllm_command(folder, name))}\n```\n\nPut the note in place of NOTE, cut to {prompt.max_tokens} tokens, and POST this to `/v1/completions`; "
             f"the answer is one of the {len(prompt.answers)} there are. A note must not hold special tokens such as `{prompt.end}`: vLLM would read them as such, llama.cpp as edgenb drives it does not.\n\n"
             f"```json\n{json.dumps(body, indent=1, ensure_ascii=False)}\n```\n")
 

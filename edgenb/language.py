@@ -58,7 +58,7 @@ def _read(run, split, pipeline):
     found = examples_of(run, split)
     return [str(pipeline.before(e.read())) for e in found], [e.label for e in found]
 
-@room(2, needs=('data',), libraries=('torch', 'numpy', 'peft', 'transformers', 'tokenizers', 'accelerate', 'bitsandbytes', 'scipy'), reads=_outside)
+@room(2, needs=('data',), libraries=('torch', 'numpy', 'peft', 'transformers', 'tokenizers', 'accelerate', 'bitsandbytes', 'scipy', 'simple-icd-10-cm'), reads=_outside)
 def tune(run,
          model_name_or_path: str = 'bundled:smollm2-135m',   # or a hub id or folder of a causal language model of transformers
          method: str = 'lora',               # also 'qlora', 'prefix', 'adapter', 'ia3'
@@ -96,9 +96,9 @@ def tune(run,
     shutil.copyfile(out/'adapter_model.safetensors', run.new('model.safetensors'))
     write_json(run.new('network.json'), {'causal': {'model_name_or_path': model_name_or_path, 'method': method, 'prompt': prompt.to_dict()}})
     pipeline.save(run.new('pipeline.json'))
-    history = trained.pop('history')
+    history, cut = trained.pop('history'), sum(len(tokenizer(t, add_special_tokens=False)['input_ids']) > max_tokens for t in training[0])
     return {'history': history, 'training': trained, 'validation': {'validation_accuracy': float((logits.argmax(1) == y).mean())}, 'calibration': calibration, 'decision': pipeline.step('rank'),
-            'overridden_gates': overridden, 'trained': len(training[0]), 'threads': num_threads}
+            'overridden_gates': overridden, 'trained': len(training[0]), 'cut': cut, 'threads': num_threads}
 
 # %% ../nbs/44_language.ipynb #2f1ce144
 @room(3, needs=('data', 'tune'), libraries=('torch', 'numpy', 'peft', 'transformers'))
@@ -139,12 +139,12 @@ def _judge_of(run, reference, pipeline, metric, tolerance):
     notes, y = np.array([str(pipeline.before(e.read())) for e in held]), np.array([pipeline.classes.index(e.label) for e in held])
     return screening(reference, lambda model, x: pipeline.after(model(x)) | {'negative': -1}, notes, y, metric, tolerance)
 
-def hand_off(folder: Path, gguf: Path, merged: Path, prompt: Prompt) -> list:
-    "Files for Ollama and vLLM beside a GGUF; their names."
+def hand_off(folder: Path, files: list, merged: Path, prompt: Prompt) -> list:
+    "Files for Ollama, one for each GGUF, and for vLLM; their names. Which of them may ship, `verify` says."
     from edgenb.handoff import modelfile, vllm_readme
-    write_atomic(folder/'Modelfile', modelfile(gguf, prompt))
+    for f in files: write_atomic(folder/f'{Path(f).stem}.Modelfile', modelfile(folder/f, prompt))
     write_atomic(folder/'vllm.md', vllm_readme(merged, 'icd', prompt))
-    return ['Modelfile', 'vllm.md']
+    return [*(f'{Path(f).stem}.Modelfile' for f in files), 'vllm.md']
 
 @room(4, needs=('data', 'tune', 'squeeze'), libraries=LIBRARIES)
 def compile(run,
@@ -180,9 +180,8 @@ def compile(run,
         artifacts.append(_artifact('gguf-base', 'fp16', path, 'the base model, before tuning: shown for comparison'))
     if not any(not a['refused'] for a in artifacts): raise EdgenbError('compile: no level holds. ' + '; '.join(f'{t.artifact}: {t.why}' for t in tried))
     if 'f16' not in candidates: f16.unlink()
-    best = next(a for a in reversed(artifacts) if not a['refused'])
     return {'artifacts': artifacts, 'tried': [t.row() for t in tried], 'types': {a['artifact']: effective_types(run.out/a['file']) for a in artifacts}, 'identity': here,
-            'hand_off': hand_off(run.out, run.out/best['file'], merged, prompt)}
+            'hand_off': hand_off(run.out, [a['file'] for a in artifacts if not a['refused']], merged, prompt)}
 
 def _artifact(name, precision, path, refused):
     return {'artifact': name, 'runtime': 'gguf', 'variant': name.removeprefix('gguf-'), 'precision': precision, 'file': path.name, 'size_mb': size_mb(path), 'runs_here': not ready('gguf').missing(), 'kept_layers': [], 'refused': refused}

@@ -133,10 +133,12 @@ def _difference(y, a, b, name, confidence, resamples, seed, clusters=None):
     if name == 'auc' or clusters is not None:
         draws = _draws(y, [a, b], find_metric(name)[0], resamples, seed, clusters)
         differences = draws[:, 1] - draws[:, 0]
-        if name != 'auc' and not differences.any():   # draws of clusters that all agree know no doubt: what so many clusters can show
-            of = _of(y, a, name)
-            return *paired_interval(0, 0, len({c for c, one in zip(clusters, of) if one}), confidence), 0.0
         low, high = np.nanquantile(differences, [(1 - confidence)/2, (1 + confidence)/2])
+        if name != 'auc':   # draws of few clusters that differ know too little doubt: no more is claimed than so many clusters can show
+            net: dict = {}
+            for c, d in zip(np.asarray(clusters)[_of(y, a, name)], _right(y, b, name).astype(int) - _right(y, a, name)): net[c] = net.get(c, 0) + d
+            wide = paired_interval(sum(v > 0 for v in net.values()), sum(v < 0 for v in net.values()), len(net), confidence)
+            low, high = min(low, wide[0]), max(high, wide[1])
         return float(low), float(high), float(np.nanstd(differences))*math.sqrt(len(y))
     before, after = _right(y, a, name), _right(y, b, name)
     gains, losses, n = int((after & ~before).sum()), int((before & ~after).sum()), len(before)

@@ -80,10 +80,12 @@ def test_codes_that_do_not_exist_are_named_and_left_out(tmp_path):
     from edgenb.records import data
     odd = visits()
     odd[3] = replace(odd[3], codes=(*odd[3].codes, Code('E11')))
+    odd[4] = replace(odd[4], codes=(Code('J45', primary=True), Code('I10')))          # not to become a note about I10
     run = Run(tmp_path/'run')
     card = data(run, source=str(save_notes(odd, tmp_path/'v.jsonl')), **READING)
     rows = [json.loads(l) for l in run.file('data', 'problems.jsonl').read_text().splitlines()]
-    assert card.result['problems'] == 1 and rows[0]['code'] == 'E11' and 'codes' in accepted(card)
+    assert card.result['problems'] == 2 and [r['code'] for r in rows] == ['E11', 'J45'] and 'codes' in accepted(card) and sum(map(sum, (s.values() for s in card.result['splits'].values()))) == 77
+    assert not any(b'Marlowe' in p.read_bytes() for p in run.path.rglob('*') if p.is_file())
 
 
 def test_a_long_note_is_judged_as_one(tmp_path):
@@ -145,7 +147,7 @@ def test_every_hop_of_a_language_model_is_judged(shipped):
     assert rows['gguf-f16']['size_mb'] > rows['gguf-q8_0']['size_mb']
     types = shipped.card('compile').result['types']['gguf-q4_k_m']
     assert types['left'] and '96' in types['why']                             # the label says K-quants; rows of 96 columns cannot be
-    assert {p.split('/', 1)[1] for p in shipped.card('compile').wrote} >= {'Modelfile', 'vllm.md'}
+    assert {p.split('/', 1)[1] for p in shipped.card('compile').wrote} >= {'gguf-q4_k_m.Modelfile', 'vllm.md'} and 'gguf-base.Modelfile' not in str(shipped.card('compile').wrote)
 
 
 def test_no_card_log_or_bundle_holds_a_word_of_a_note(shipped):
@@ -221,3 +223,15 @@ def test_an_encoder_goes_the_same_way(read, tmp_path_factory):
     compile(beside, runtimes=['onnxruntime'], tolerance=1.0)
     rows = {r['artifact']: r for r in verify(beside, tolerance=0.5, latency_budget_ms=10_000, timing_runs=5).result['rows']}
     assert rows['onnxruntime-fp32']['delta'] == 0 and rows['onnxruntime-fp32']['flipped'] == [] and rows['onnxruntime-fp32']['also']['auc']['value'] is None
+
+
+def test_a_patient_whom_the_source_puts_on_both_sides_fails_the_gate(tmp_path):
+    from edgenb.records import data
+    both = [replace(n, split=('train', 'train', 'train', 'validation', 'test', 'train')[i % 6]) for i, n in enumerate(visits())]
+    run = Run(tmp_path/'run')
+    assert 'leakage' in accepted(data(run, source=str(save_notes(both, tmp_path/'v.jsonl')), **READING))
+
+
+def test_every_module_of_the_recipes_can_be_imported():
+    import importlib
+    for p in (Path(__file__).parents[1]/'edgenb'/'recipes').glob('[a-z]*.py'): importlib.import_module(f'edgenb.recipes.{p.stem}')

@@ -6,6 +6,9 @@
 __all__ = ['SOURCE_7B', 'TARGETS', 'ladder_table', 'within_memory', 'coded', 'best_threshold', 'coding_row', 'coding_table',
            'verdict']
 
+# %% ../../nbs/recipes/icd.ipynb #8d714009
+import numpy as np
+
 # %% ../../nbs/recipes/icd.ipynb #b4d0e633
 SOURCE_7B = {   # level -> size GB, RAM GB, speed against FP16, loss of accuracy in %: stated for a 7 B model, never a result of a run
     'f16': ('14', '16', '1.0', 'baseline'), 'q8_0': ('7', '9', '1.3–1.5', '0.5 to 1'), 'q5_k_m': ('5', '7', '1.5–1.8', '1 to 2'), 'q4_k_m': ('4', '6', '1.8–2.2', '1.5 to 3'), 'q3_k_s': ('3', '5', '2.0–2.5', '3 to 6')}
@@ -24,10 +27,11 @@ def ladder_table(rows: list) -> str:
                      + f"{number(l.get('notes_per_s'), '.2f')} | " + ('' if r['artifact'] == 'reference' else f"**{r['verdict']}**: {r['reason']}") + f" | {f'*{stated[2]}×, {stated[3]} %*' if stated else ''} |")
     return '\n'.join(lines)
 
-def within_memory(rows: list, limit_mb: float) -> dict | None:
-    "The best artifact that may ship and that a device with so much memory can hold (a quarter is left to the system); of equals the smaller."
+def within_memory(rows: list, limit_mb: float, losses: dict   # artifact -> loss on validation notes: test notes do not choose
+                 ) -> dict | None:
+    "Of the artifacts that may ship and that a device with so much memory can hold (a quarter is left to the system) the one that lost least on validation notes; of equals the smaller."
     may = [r for r in rows if r['runtime'] != 'torch' and r['verdict'] == 'pass' and r['rss_mb'] is not None and r['rss_mb'] <= 0.75*limit_mb]
-    return max(may, key=lambda r: (r['value'], -r['size_mb']), default=None)
+    return min(may, key=lambda r: (losses[r['artifact']], r['size_mb']), default=None)
 
 # %% ../../nbs/recipes/icd.ipynb #fecfe729
 TARGETS = {'primary code': 0.92, 'after confirmation': 0.99}   # stated; to compare with, never a result
@@ -47,9 +51,10 @@ def coding_row(name: str, probabilities: np.ndarray, classes, primary: list, tru
     "What one model's ranking is worth."
     from edgenb.codes import category3
     from edgenb.ranking import expected_calibration_error, interval, mean_average_precision, micro, top_k
+    from edgenb.verify import rate_interval
     ranked, sets = coded(probabilities, classes, threshold)
     hit = top_k(primary, ranked, 1)
-    found = {'model': name, 'top-1': (float(hit.mean()), *interval(lambda h: float(np.mean(h)), hit.tolist())), 'top-5': (float(top_k(primary, ranked, 5).mean()),), '3 characters': (float(top_k(primary, ranked, 1, category3).mean()),),
+    found = {'model': name, 'top-1': (float(hit.mean()), *rate_interval(int(hit.sum()), len(hit))), 'top-5': (float(top_k(primary, ranked, 5).mean()),), '3 characters': (float(top_k(primary, ranked, 1, category3).mean()),),
              'MAP': (mean_average_precision(truth, ranked), *interval(mean_average_precision, truth, ranked)), 'micro-F1': (micro(truth, sets), *interval(micro, truth, sets)),
              'calibration error': (expected_calibration_error(hit, probabilities.max(1)),)}
     if unseen is not None and unseen.any(): found |= {'said as in training': (float(hit[~unseen].mean()),), 'said otherwise': (float(hit[unseen].mean()),)}
@@ -66,6 +71,7 @@ def verdict(rows: list, chosen: str | None, tolerance: float, comparison: list, 
     "What the reports mean, for the person who has to decide."
     if chosen is None: return 'No file of the language model may ship. ' + ' '.join(f"{r['artifact']}: {r['reason']}." for r in rows if r['runtime'] != 'torch' and r['artifact'] != 'gguf-base')
     r, f16 = next(r for r in rows if r['artifact'] == chosen), next((r for r in rows if r['artifact'] == 'gguf-f16'), None)
+    if r['value'] is None: return f"{chosen} was built but could not be run here: {r['reason']}."
     refused = [x['artifact'] for x in rows if x['runtime'] != 'torch' and x['verdict'] == 'fail' and x['artifact'] != 'gguf-base']
     tops = {c['model'].split(',')[0]: c for c in comparison[1::2]}
     said = [f"{chosen} ({r['size_mb']:.0f} MB" + (f", {f16['size_mb']/r['size_mb']:.1f} times smaller than 16 bits" if f16 and f16 is not r else '') + f") {'may ship' if r['verdict'] == 'pass' else 'is ' + r['verdict']}: "
