@@ -235,3 +235,13 @@ def test_a_patient_whom_the_source_puts_on_both_sides_fails_the_gate(tmp_path):
 def test_every_module_of_the_recipes_can_be_imported():
     import importlib
     for p in (Path(__file__).parents[1]/'edgenb'/'recipes').glob('[a-z]*.py'): importlib.import_module(f'edgenb.recipes.{p.stem}')
+
+
+def test_more_losses_never_look_better_when_few_patients_have_several_notes():
+    from edgenb.verify import parity
+    y, clusters = np.zeros(104, int), [i//2 if i < 96 else i for i in range(104)]
+    def low(flips):
+        answers = [{'label': np.where(np.arange(104) < f, 1, 0), 'score': np.full(104, 0.9), 'negative': -1} for f in (0, flips)]
+        return parity(*answers, (None, y), 'accuracy', 0.05, clusters=clusters).delta_low
+    found = [low(2*f) for f in range(6)]   # both notes of one patient after the other
+    assert found == sorted(found, reverse=True) and found[0] < -0.05
