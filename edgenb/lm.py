@@ -190,7 +190,7 @@ class Reader:
             self.cache = self.model(input_ids=torch.tensor([self.prefix], device=self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
         self.start = self.cache.get_seq_length()
 
-    def __call__(self, chains: list, rows, embedding=()) -> tuple:   # log-probabilities (rows, vocabulary), last hidden states (embedding, d)
+    def __call__(self, chains: list, rows, embedding=()) -> tuple:   # logits (rows, vocabulary), last hidden states (embedding, d)
         "Run a tree of chains after the prefix; `rows` and `embedding` say which of its tokens are looked at."
         import torch
         ids, depth, seen, _ = tree(chains)
@@ -199,7 +199,7 @@ class Reader:
             out = self.model(input_ids=torch.from_numpy(ids)[None].to(on), position_ids=torch.from_numpy(depth + self.start)[None].to(on), attention_mask=mask_of(seen, self.model).to(on),
                              past_key_values=copy.deepcopy(self.cache), use_cache=True, logits_to_keep=torch.as_tensor(rows, device=on), output_hidden_states=bool(len(embedding)))
             hidden = out.hidden_states[-1][0, torch.as_tensor(embedding, device=on)].float().cpu() if len(embedding) else None
-            return torch.log_softmax(out.logits[0].float(), -1).cpu(), hidden
+            return out.logits[0], hidden
 
     def after(self, note: str) -> list:
         "Tokens from the note to the answer."
@@ -207,43 +207,48 @@ class Reader:
 
 # %% ../nbs/41_lm.ipynb #3373b510
 def answer_tree(answers: list   # tokens of each, end included
-               ) -> tuple:      # chains for `tree` but for the ends, rooted at -1; and per answer [(chain before, token)]: what has to be looked up
-    "The answers as a tree of single tokens."
-    at, chains, paths = {}, [], []
-    for tokens in answers:
-        above, path = -1, []
-        for i, t in enumerate(tokens):
-            path.append((above, t))
-            if i == len(tokens) - 1: break
-            if (above, t) not in at: at[above, t] = len(chains); chains.append(([t], above))
-            above = at[above, t]
-        paths.append(path)
-    return chains, paths
+               ) -> tuple:      # chains for `tree`, one to each fork, rooted at -1; and what each fork decides: {token: numbers of the answers that go on with it}
+    "The forks of the tree of answers. What follows the last one is in no chain: nothing is decided there."
+    if len(set(map(tuple, answers))) < len(answers): raise EdgenbError('two answers are the same to the tokenizer: give one of them up')
+    chains, forks = [], []
+    def grow(some, begin, above):   # answers that are the same up to token `begin`, which comes after fork `above`
+        at = begin
+        while len({answers[k][at] for k in some}) == 1: at += 1
+        chains.append((answers[some[0]][begin:at], above))
+        here, branches = len(forks), {}
+        for k in some: branches.setdefault(answers[k][at], []).append(k)
+        forks.append(branches)
+        for below in branches.values():
+            if len(below) > 1: grow(below, at, here)
+    if len(answers) > 1: grow(range(len(answers)), 0, -1)
+    return chains, forks
 
+# %% ../nbs/41_lm.ipynb #29508315
 def lm_callable(model, tokenizer, prompt: Prompt, row_tokens: int = 512):   # of notes and answers in one pass
     "A function from texts (n,) to {'logits': float32 (n, answers), 'embedding': float32 (n, d): the state before the answer}."
     reader = Reader(model, tokenizer, prompt)
-    chains, paths = answer_tree([answer_of(tokenizer, prompt, a) for a in prompt.answers])
-    before, token = (np.array([p[i] for path in paths for p in path]) + (i == 0) for i in (0, 1))   # 0: the note's last token
-    first = np.cumsum([0] + [len(path) for path in paths[:-1]])
+    chains, forks = answer_tree([answer_of(tokenizer, prompt, a) for a in prompt.answers])
+    room = sum(len(tokens) for tokens, _ in chains)
 
     def some(notes):   # tokens of a few notes
-        row, rows, last = [], [], []
+        row = []
         for note in notes:
-            at, place = len(row), sum(len(c[0]) for c in row)
-            row += [(note, -1), *((t, at + 1 + after if after >= 0 else at) for t, after in chains)]
-            last.append(place + len(note) - 1)
-            rows.append(np.r_[last[-1], last[-1] + 1 + np.arange(len(chains))])
-        logp, hidden = reader(row, np.concatenate(rows), last)
-        logp = logp.view(len(notes), 1 + len(chains), -1).numpy()
-        return np.add.reduceat(logp[:, before, token], first, axis=1), hidden.numpy()
+            at = len(row)
+            row += [(note, -1), *((tokens, at + 1 + above) for tokens, above in chains)]
+        last = np.cumsum([len(tokens) for tokens, _ in row]).reshape(len(notes), -1) - 1   # of each note and each chain
+        logits, hidden = reader(row, last[:, 1:].ravel(), last[:, 0])
+        scores = np.zeros((len(notes), len(prompt.answers)))
+        for fork, branches in enumerate(forks):
+            logp = logits[fork::len(forks), list(branches)].float().log_softmax(-1).cpu().numpy()
+            for own, below in zip(logp.T, branches.values()): scores[:, below] += own[:, None]
+        return scores, hidden.numpy()
 
     def run(x):
         notes, found, few = [reader.after(str(t)) for t in (x['text'] if isinstance(x, dict) else x)], [], []
         for i, note in enumerate(notes):
             few.append(note)
-            if i == len(notes) - 1 or sum(map(len, few)) + len(few)*len(chains) + len(notes[i + 1]) + len(chains) > row_tokens: found.append(some(few)); few = []
-        logits, embedding = zip(*found) if found else ([np.zeros((0, len(paths)))], [np.zeros((0, 0))])
+            if i == len(notes) - 1 or sum(map(len, few)) + len(few)*room + len(notes[i + 1]) + room > row_tokens: found.append(some(few)); few = []
+        logits, embedding = zip(*found) if found else ([np.zeros((0, len(prompt.answers)))], [np.zeros((0, 0))])
         return {'logits': np.concatenate(logits).astype(np.float32), 'embedding': np.concatenate(embedding).astype(np.float32)}
     return run
 
@@ -253,7 +258,7 @@ def token_logprobs(model, tokenizer, prompt: Prompt, notes, answers) -> list:   
     reader, found = Reader(model, tokenizer, prompt), []
     for note, answer in zip(notes, answers, strict=True):
         head, said = reader.after(str(note)), answer_of(tokenizer, prompt, answer)
-        found.append(reader([(head + said[:-1], -1)], np.arange(len(head) - 1, len(head) - 1 + len(said)))[0].numpy())
+        found.append(reader([(head + said[:-1], -1)], np.arange(len(head) - 1, len(head) - 1 + len(said)))[0].float().log_softmax(-1).cpu().numpy())
     return found
 
 def divergence(reference: list, candidate: list   # log-probabilities, (tokens, vocabulary) each

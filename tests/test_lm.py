@@ -57,12 +57,19 @@ def adapter(tiny, prompt, notes, tmp_path_factory):
     return at/'adapter'
 
 def one_by_one(model, tokenizer, prompt, texts):
-    "Scores of every answer, each text on its own, nothing kept, nothing shared."
-    def score(note, answer):
-        ids, labels = encode(tokenizer, prompt, note, answer)
-        with torch.inference_mode(): logp = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, -len(ids):], -1)
-        return sum(logp[i - 1, t].item() for i, t in enumerate(labels) if t >= 0)
-    return np.array([[score(n, a) for a in prompt.answers] for n in texts])
+    "Scores of every answer, each text on its own, nothing kept, nothing shared: at every token, how likely it is among those that some answer goes on with."
+    said = [answer_of(tokenizer, prompt, a) for a in prompt.answers]
+    def score(note, own):
+        rows = teacher_forced(model, tokenizer, prompt, note, prompt.answers[said.index(own)])
+        allowed = [sorted({a[i] for a in said if a[:i] == own[:i]}) for i in range(len(own))]
+        return sum(torch.log_softmax(row[a], -1)[a.index(t)].item() for row, t, a in zip(rows, own, allowed))
+    return np.array([[score(n, a) for a in said] for n in texts])
+
+def teacher_forced(model, tokenizer, prompt, note, answer):
+    "Log-probabilities over the vocabulary where each token of an answer and the end are due."
+    ids, labels = encode(tokenizer, prompt, note, answer)
+    with torch.inference_mode(): logp = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, -len(ids):], -1)
+    return logp[[i - 1 for i, t in enumerate(labels) if t >= 0]]
 
 # --- prompts
 
@@ -129,11 +136,21 @@ def test_scores_are_those_of_each_text_on_its_own(tiny, prompt, notes):
     for row_tokens in (1, 64, 4096):
         found = lm_callable(model, tokenizer, prompt, row_tokens)(np.array(texts))
         assert np.abs(found['logits'] - plain).max() < 1e-3 and found['logits'].dtype == found['embedding'].dtype == np.float32 and found['embedding'].shape == (7, 64)
+        assert np.allclose(np.log(np.exp(found['logits']).sum(1)), 0, atol=1e-5)
     assert lm_callable(model, tokenizer, prompt)([])['logits'].shape == (0, 3)
 
-def test_answers_share_their_first_tokens_and_one_may_begin_another():
-    chains, paths = answer_tree([[5, 6, 9], [5, 6, 7, 9], [8, 9]])
-    assert [c[0] for c in chains] == [[5], [6], [7], [8]] and [t for _, t in paths[1]] == [5, 6, 7, 9] and paths[0][-1] == (1, 9)
+def test_only_the_ways_to_forks_are_read_and_one_answer_may_begin_another():
+    assert answer_tree([[5, 6, 9], [5, 6, 7, 9], [8, 3, 9]]) == ([([], -1), ([5, 6], 0)], [{5: [0, 1], 8: [2]}, {9: [0], 7: [1]}])
+    assert answer_tree([[5, 6, 9], [5, 7, 9]]) == ([([5], -1)], [{6: [0], 7: [1]}]) and answer_tree([[5, 9]]) == ([], [])
+    with pytest.raises(EdgenbError, match='the same to the tokenizer'): answer_tree([[5, 9], [5, 9]])
+
+def test_150_answers_are_scored_as_one_by_one_and_a_single_one_is_certain(tiny, notes):
+    model, tokenizer = load_base(tiny)
+    many = make_prompt(tokenizer, INSTRUCTION, [f'{chr(65 + n % 26)}{n//10:02}.{n % 10}' for n in range(150)])
+    found = lm_callable(model, tokenizer, many)(notes[0][0][:3])
+    assert np.abs(found['logits'][:1] - one_by_one(model, tokenizer, many, notes[0][0][:1])).max() < 1e-3
+    alone = lm_callable(model, tokenizer, make_prompt(tokenizer, INSTRUCTION, ['E11']))(notes[0][0][:3])
+    assert (alone['logits'] == 0).all() and np.abs(alone['embedding'] - found['embedding']).max() < 1e-4
 
 def test_divergence_is_zero_for_the_same_model_and_known_for_a_known_shift(tiny, prompt, notes):
     model, tokenizer = load_base(tiny)
@@ -157,7 +174,7 @@ def test_notes_in_one_row_lose_as_much_as_apart(tiny, prompt, notes):
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     with torch.no_grad(): assert abs(answer_loss(model, packed(few, model)) - answer_loss(model, padded(few, 1))) < 1e-4
     assert (grads[0] - grads[1]).abs().max() < 1e-4*grads[1].abs().max()
-    with torch.no_grad(): alone = np.mean([[-one_by_one(model, tokenizer, prompt, [n])[0, list(prompt.answers).index(c)], len(answer_of(tokenizer, prompt, c))] for n, c in zip(notes[0][0][:6], notes[0][1][:6])], 0)
+    with torch.no_grad(): alone = np.mean([[-sum(row[t].item() for row, t in zip(teacher_forced(model, tokenizer, prompt, n, c), answer_of(tokenizer, prompt, c))), len(answer_of(tokenizer, prompt, c))] for n, c in zip(notes[0][0][:6], notes[0][1][:6])], 0)
     with torch.no_grad(): assert abs(answer_loss(model, padded(few, 1)).item() - alone[0]/alone[1]) < 1e-4
 
 @pytest.mark.parametrize('method', sorted(METHODS))

@@ -51,7 +51,7 @@ class Gguf(Runtime):
 
     @classmethod
     def load(cls, path, num_threads=1):
-        "A function from texts, an array (n,) or {'text': it}, to {'logits': log-likelihood of every answer (n, answers), 'embedding': (n, width)}."
+        "A function from texts, an array (n,) or {'text': it}, to {'logits': log-probability of every answer among the answers (n, answers), 'embedding': (n, width)}."
         engine, prompt = open_model(path, num_threads)
         def run(x, whole=False): return engine.score(_texts(x), prompt)
         run.token_logprobs = lambda notes, answers: engine.token_logprobs(notes, answers, prompt)   # for `verify`
