@@ -138,7 +138,8 @@ def _difference(y, a, b, name, confidence, resamples, seed, clusters=None):
             net: dict = {}
             for c, d in zip(np.asarray(clusters)[_of(y, a, name)], _right(y, b, name).astype(int) - _right(y, a, name)): net[c] = net.get(c, 0) + d
             wide = paired_interval(sum(v > 0 for v in net.values()), sum(v < 0 for v in net.values()), len(net), confidence)
-            low, high = min(low, wide[0]), max(high, wide[1])
+            if find_metric(name)[1] > 0: low = min(low, wide[0])   # the side that lets an artifact pass
+            else: high = max(high, wide[1])
         return float(low), float(high), float(np.nanstd(differences))*math.sqrt(len(y))
     before, after = _right(y, a, name), _right(y, b, name)
     gains, losses, n = int((after & ~before).sum()), int((before & ~after).sum()), len(before)
