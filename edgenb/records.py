@@ -22,13 +22,13 @@ from .runtime import LIBRARIES
 def alike(texts: list, least: float = 0.9   # share of word triples in common (Jaccard index)
          ) -> Duplicates:
     "Pairs of notes that say nearly the same, and the clusters they form."
+    from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
     from sklearn.feature_extraction.text import CountVectorizer
     x = CountVectorizer(ngram_range=(1, 3), token_pattern=r'\S+', binary=True, dtype=np.int32).fit_transform(texts)
     shared, size = (x @ x.T).tocoo(), np.asarray(x.sum(1)).ravel()
     jaccard = shared.data/(size[shared.row] + size[shared.col] - shared.data)
     close = (shared.row < shared.col) & (jaccard >= least)
-    from scipy.sparse import coo_matrix
     graph = coo_matrix((np.ones(close.sum()), (shared.row[close], shared.col[close])), shape=(len(texts), len(texts)))
     return Duplicates(sorted(zip(shared.row[close].tolist(), shared.col[close].tolist(), jaccard[close].round(4).tolist())), connected_components(graph, directed=False)[1])
 

@@ -67,7 +67,9 @@ def squeezed(run):
 
 def squeezed_file(run) -> Path:
     "The weights that `squeeze` left: of a network squeezed.safetensors, of a language model merged/model.safetensors."
-    return run.file('squeeze', next(p for p in run.card('squeeze').wrote if p.endswith(('/squeezed.safetensors', '/merged/model.safetensors'))).split('/', 1)[1])
+    found = [p.split('/', 1)[1] for p in run.card('squeeze').wrote if p.endswith(('/squeezed.safetensors', '/merged/model.safetensors'))]
+    if not found: raise EdgenbError(f'{run.path}: squeeze left no squeezed.safetensors or merged/model.safetensors (a model in several files cannot be judged yet): enter squeeze again')
+    return run.file('squeeze', found[0])
 
 def squeezed_callable(run):
     "What `squeeze` left as a function from a batch of inputs to {'logits', 'embedding'}, in torch."
