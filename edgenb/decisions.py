@@ -133,7 +133,7 @@ class Decisions:
 
     def _take(self, row):
         self._lines += 1
-        if row['action'] != 'undo': self._stacks.setdefault(row['note'], []).append(Decision(**row)); return
+        if row['action'] != 'undo': self._stacks.setdefault(row['note'], []).append((self._lines, Decision(**row))); return
         self._stacks[row['note']].pop()
         self._undone += 1
 
@@ -154,11 +154,11 @@ class Decisions:
 
     def state(self, note: str) -> Decision | None:
         "The decision that holds."
-        return self._stacks[note][-1] if self._stacks.get(note) else None
+        return self._stacks[note][-1][1] if self._stacks.get(note) else None
 
     def standing(self) -> list:
-        "All decisions that hold, one a note."
-        return [s[-1] for s in self._stacks.values() if s]
+        "All decisions that hold, one a note, in the order in which they were recorded."
+        return [d for _, d in sorted((s[-1] for s in self._stacks.values() if s), key=lambda held: held[0])]
 
     def summary(self) -> dict:
         "Counts, shares and times; JSON, for a card."
@@ -203,14 +203,16 @@ def corrections(decisions: Decisions,
     if not callable(deidentify): raise EdgenbError('corrections: deidentify must be a function of a text and its patient that gives a text: nothing goes on with identifiers in it')
     by_id = {n.id: n for n in notes}
     if missing := [d.note for d in decisions.standing() if d.note not in by_id]: raise EdgenbError(f"corrections: {len(missing)} reviewed notes are not among the notes given, the first is {missing[0]}")
-    patients, found = {}, {}
+    place = {d.note: i for i, d in enumerate(decisions.standing())}   # in the log: clocks may say the same, or go backwards
+    patients, found, latest = {}, {}, {}
     for n in notes:
         d = decisions.state(n.id)
         if d is None or d.action == 'reject': continue
         text = deidentify(n.text, n.patient)
         if not isinstance(text, str) or not text.strip(): raise EdgenbError(f'corrections: deidentify left no text of {n.id}')
         same = ' '.join(text.lower().split())
-        if same in found and found[same].when > d.when: continue   # said twice: the later decision holds
+        if place[n.id] < latest.get(same, 0): continue   # said twice: the later decision holds
+        latest[same] = place[n.id]
         patient = f'patient-{patients.setdefault(n.patient, len(patients) + 1)}' if n.patient else ''
         system = next((c.system for c in n.codes if c.code == d.after), system_of(d.after))
         new = replace(n, id=f'reviewed-{hashlib.sha256(same.encode()).hexdigest()[:12]}', text=text, patient=patient, codes=(Code(d.after, system, primary=True),), split='')

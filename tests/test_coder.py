@@ -477,6 +477,19 @@ def test_the_same_note_is_learned_once_with_the_latest_code(tmp_path):
         assert sorted(t.note.codes[0].code for t in taught) == ['J45.909', 'J45.909'] and len({t.note.id for t in taught}) == 2
 
 
+def test_the_later_line_of_the_log_holds_whatever_the_clock_said(tmp_path, monkeypatch):
+    times = iter(['2026-03-02T09:00:00.000Z', '2026-03-02T09:00:00.000Z', '2026-03-02T08:00:00.000Z'])   # within one tick, and a clock that was set back
+    monkeypatch.setattr('edgenb.decisions.utc_now', lambda: next(times))
+    d = Decisions(tmp_path/'d.jsonl')
+    notes = [Note(i, 'Has insulin.') for i in 'abc']
+    added(d, 'c', 'correct', 'I10', None); added(d, 'a')
+    code = lambda order: [t.note.codes[0].code for t in corrections(Decisions(d.path), order, lambda t, patient: t)]
+    two = notes[:1] + notes[2:]
+    assert code(two) == code(two[::-1]) == ['J45.909']
+    added(d, 'b', 'correct', 'E11.9', None)
+    assert code(notes) == code(notes[::-1]) == ['E11.9'] and [x.note for x in Decisions(d.path).standing()] == ['c', 'a', 'b']
+
+
 def test_nothing_is_learned_without_a_way_to_deidentify(tmp_path):
     d = Decisions(tmp_path/'d.jsonl'); added(d)
     with pytest.raises(TypeError): corrections(d, [Note('visit-1', 'text')])
