@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['set_counts', 'f1_of', 'micro_f1', 'average_precision', 'mean_average_precision', 'top_k', 'only', 'seen_and_unseen',
-           'interval', 'paired_difference', 'micro', 'expected_calibration_error', 'abstention_curve', 'review_effort',
-           'abstention_figure', 'effort_figure']
+           'resampled', 'interval', 'paired_difference', 'micro', 'expected_calibration_error', 'abstention_curve',
+           'review_effort', 'abstention_figure', 'effort_figure']
 
 # %% ../nbs/40_ranking.ipynb #345fef44
 import numpy as np
@@ -82,23 +82,30 @@ def seen_and_unseen(truth: list, ranked: list,
     return out
 
 # %% ../nbs/40_ranking.ipynb #c411916e
-def _draws(n, draws, seed): return np.random.default_rng(seed).integers(n, size=(draws, n))
+def resampled(n: int, draws: int, seed: int,
+              groups=None   # one a document, such as its patient: documents of a group are drawn together
+             ):             # yields places of documents, draw by draw
+    "Bootstrap draws of documents, or of whole groups of them."
+    rng = np.random.default_rng(seed)
+    members = None if groups is None else [np.flatnonzero(np.asarray(groups) == g) for g in dict.fromkeys(groups)]
+    for _ in range(draws): yield rng.integers(n, size=n) if members is None else np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
 
 def interval(measure,                     # a function of the lists, such as `mean_average_precision`
              *lists,                      # one entry a document each
+             groups=None,                 # one a document, such as its patient; each document its own where nothing is said
              draws: int = 1000, confidence: float = 0.95, seed: int = 0
             ) -> tuple:                   # lower and upper bound
-    "Percentile bootstrap over documents."
-    _paired(*lists)
+    "Percentile bootstrap over documents, or over what they belong to."
+    _paired(*lists, *([] if groups is None else [groups]))
     within('interval', 0, 1, confidence=confidence)
-    values = [measure(*([x[i] for i in rows] for x in lists)) for rows in _draws(len(lists[0]), draws, seed)]
+    values = [measure(*([x[i] for i in rows] for x in lists)) for rows in resampled(len(lists[0]), draws, seed, groups)]
     return tuple(float(v) for v in np.quantile(values, [(1 - confidence)/2, (1 + confidence)/2]))
 
-def paired_difference(measure, truth: list, one: list, other: list, draws: int = 1000, confidence: float = 0.95, seed: int = 0) -> dict:
+def paired_difference(measure, truth: list, one: list, other: list, groups=None, draws: int = 1000, confidence: float = 0.95, seed: int = 0) -> dict:
     "`one` less `other` on the same documents: the difference, its interval, and the share of draws in which `one` is not better."
-    _paired(truth, one, other)
+    _paired(truth, one, other, *([] if groups is None else [groups]))
     take = lambda x, rows: [x[i] for i in rows]
-    values = np.array([measure(t := take(truth, rows), take(one, rows)) - measure(t, take(other, rows)) for rows in _draws(len(truth), draws, seed)])
+    values = np.array([measure(t := take(truth, rows), take(one, rows)) - measure(t, take(other, rows)) for rows in resampled(len(truth), draws, seed, groups)])
     return {'difference': float(measure(truth, one) - measure(truth, other)), 'interval': tuple(float(v) for v in np.quantile(values, [(1 - confidence)/2, (1 + confidence)/2])),
             'not_better': float((values <= 0).mean())}
 

@@ -237,5 +237,5 @@ def judged_notes(run) -> list:   # of Note, in the order of the answers that `ve
     "The frozen test notes, the windows of a long one joined."
     from edgenb.data import units_of
     parts = frozen_notes(run, 'test')
-    return [replace(parts[u.first], id=u.id, text='\n'.join(p.text for p in parts[u.first:u.last]),
+    return [replace(parts[u.first], id=u.id, patient=u.cluster, text='\n'.join(p.text for p in parts[u.first:u.last]),
                     codes=tuple({c.code: replace(c, spans=c.spans if u.last - u.first == 1 else ()) for p in parts[u.first:u.last] for c in p.codes}.values())) for u in units_of(run)]

@@ -17,6 +17,7 @@ from .core import EdgenbError, did_you_mean, digest_of, progress, room, within, 
 from .data import examples_of, units_of
 from .device import PRECISIONS, device as find_device, fit
 from .pipeline import Pipeline
+from .ranking import resampled
 from .runtime import LIBRARIES, runtime, size_mb
 
 # %% ../nbs/05_verify.ipynb #00a1c0db
@@ -52,12 +53,7 @@ def find_metric(name: str):
 # %% ../nbs/05_verify.ipynb #f08d548c
 def _draws(y, answers, function, resamples, seed, clusters=None):
     "Metric of each answer on bootstrap draws of the examples, or of whole clusters of them: (resamples, answers)."
-    rng, out = np.random.default_rng(seed), []
-    members = None if clusters is None else [np.nonzero(np.asarray(clusters) == c)[0] for c in dict.fromkeys(clusters)]
-    for _ in range(resamples):
-        rows = rng.integers(0, len(y), len(y)) if members is None else np.concatenate([members[c] for c in rng.integers(0, len(members), len(members))])
-        out.append([function(y[rows], {k: v if k == 'negative' else v[rows] for k, v in a.items()}) for a in answers])
-    return np.array(out)
+    return np.array([[function(y[rows], {k: v if k == 'negative' else v[rows] for k, v in a.items()}) for a in answers] for rows in resampled(len(y), resamples, seed, clusters)])
 
 def rate_interval(successes: int, n: int, confidence: float = 0.95) -> tuple:
     "Wilson interval of a proportion; (0, 1) without any trial."

@@ -81,6 +81,31 @@ def test_a_system_is_not_better_than_itself_and_a_better_one_is():
     assert paired_difference(micro, truth, good, bad, draws=100)['interval'][0] > 0.1
 
 
+def test_intervals_hold_the_truth_where_the_notes_of_a_patient_say_the_same():
+    "Forty patients with six notes each, all found or all not: drawn by notes the interval claims to know too much."
+    rng, held, claimed = np.random.default_rng(2), 0, 0
+    patients, truth = [p for p in range(40) for _ in range(6)], [{'A'}]*240
+    for n in range(60):
+        found = [{'A'} if known else set() for known in rng.random(40) < 0.6 for _ in range(6)]
+        (low, high), (a, b) = (interval(lambda t, f: micro_f1(t, f)[1], truth, found, groups=g, draws=200, seed=n) for g in (patients, None))
+        held, claimed = held + (low <= 0.6 <= high), claimed + (a <= 0.6 <= b)
+    assert 51 <= held <= 60 and claimed < 45
+    none = [set()]*240
+    by_patient, by_note = (paired_difference(micro, truth, found, none, groups=g, draws=200)['interval'] for g in (patients, None))
+    assert by_patient[1] - by_patient[0] > 1.5*(by_note[1] - by_note[0])
+    assert interval(micro, truth, found, groups=range(240), draws=50) == interval(micro, truth, found, draws=50)   # each note its own
+    with pytest.raises(EdgenbError, match='240 and 240 and 2'): interval(micro, truth, found, groups=[1, 2])
+
+
+def test_the_recipe_draws_patients_where_they_have_several_notes():
+    from edgenb.recipes.icd import coding_row
+    rng = np.random.default_rng(0)
+    said, patients = np.repeat(rng.dirichlet((1, 1), 30), 4, axis=0), [f'p{i//4}' for i in range(120)]
+    right = ['I10']*120
+    wide, narrow = (coding_row('x', said, ('I10', 'R51.9'), right, [{'I10'}]*120, 0.9, patients=p) for p in (patients, range(120)))
+    for k in ('top-1', 'MAP', 'micro-F1'): assert wide[k][0] == narrow[k][0] and wide[k][2] - wide[k][1] > 1.4*(narrow[k][2] - narrow[k][1])
+
+
 def test_unseen_codes_are_scored_apart():
     apart = seen_and_unseen([{'A', 'B'}], [['A', 'B']], [{'A', 'C'}], seen={'A'})
     assert apart['seen']['f1'] == 1 and apart['unseen']['recall'] == 0 and apart['unseen']['precision'] == 0 and apart['unseen']['map'] == 1

@@ -69,6 +69,13 @@ def test_a_patient_is_in_one_split_only(read, source):
     assert card.result['splits']['field'] and sum(map(sum, (s.values() for s in card.result['splits'].values()))) == 78
 
 
+def test_a_judged_note_says_whose_it_is_without_saying_who(read):
+    from edgenb.records import judged_notes
+    run, card = read
+    notes = judged_notes(run)
+    assert len(notes) == 2*len({n.patient for n in notes}) and all(re.fullmatch('[0-9a-f]{12}', n.patient) for n in notes)   # two visits each
+
+
 def test_below_the_recall_that_is_asked_for_nothing_is_read(source, tmp_path):
     from edgenb.records import data
     run = Run(tmp_path/'run')

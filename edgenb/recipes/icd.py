@@ -47,15 +47,19 @@ def best_threshold(probabilities: np.ndarray, classes, truth: list) -> float:
     from edgenb.ranking import micro_f1
     return max((t/100 for t in range(2, 70, 2)), key=lambda t: micro_f1(truth, coded(probabilities, classes, t)[1])[2])
 
-def coding_row(name: str, probabilities: np.ndarray, classes, primary: list, truth: list, threshold: float, unseen=None) -> dict:
+def coding_row(name: str, probabilities: np.ndarray, classes, primary: list, truth: list, threshold: float, unseen=None,
+               patients=None   # one a note: the intervals are over patients, where some have several notes
+              ) -> dict:
     "What one model's ranking is worth."
     from edgenb.codes import category3
     from edgenb.ranking import expected_calibration_error, interval, mean_average_precision, micro, top_k
     from edgenb.verify import rate_interval
     ranked, sets = coded(probabilities, classes, threshold)
     hit = top_k(primary, ranked, 1)
-    found = {'model': name, 'top-1': (float(hit.mean()), *rate_interval(int(hit.sum()), len(hit))), 'top-5': (float(top_k(primary, ranked, 5).mean()),), '3 characters': (float(top_k(primary, ranked, 1, category3).mean()),),
-             'MAP': (mean_average_precision(truth, ranked), *interval(mean_average_precision, truth, ranked)), 'micro-F1': (micro(truth, sets), *interval(micro, truth, sets)),
+    groups = patients if patients is not None and len(set(patients)) < len(patients) else None
+    sure = lambda measure, *lists: interval(measure, *lists, groups=groups)
+    found = {'model': name, 'top-1': (float(hit.mean()), *(sure(np.mean, hit) if groups else rate_interval(int(hit.sum()), len(hit)))), 'top-5': (float(top_k(primary, ranked, 5).mean()),), '3 characters': (float(top_k(primary, ranked, 1, category3).mean()),),
+             'MAP': (mean_average_precision(truth, ranked), *sure(mean_average_precision, truth, ranked)), 'micro-F1': (micro(truth, sets), *sure(micro, truth, sets)),
              'calibration error': (expected_calibration_error(hit, probabilities.max(1)),)}
     if unseen is not None and unseen.any(): found |= {'said as in training': (float(hit[~unseen].mean()),), 'said otherwise': (float(hit[unseen].mean()),)}
     return found
