@@ -148,7 +148,7 @@ def test_an_empty_note_and_a_long_one_have_their_answers(coder):
 
 def test_what_a_note_brought_itself_is_not_held_for_it():
     notes = [Note('1', 'A rash.', (Code('R21', spans=((2, 6),)),)), Note('2', 'A fever.', (Code('R50.9', spans=((2, 7),)),))]
-    lexicon, texts, own = lexicon_of(notes, 'ICD-10-CM')
+    lexicon, texts, own = lexicon_of(notes, 'ICD-10-CM', patients=1)
     assert [c.code for c in candidates(lexicon, texts[0])] == ['R21'] and candidates(lexicon, texts[0], own[0]) == []
 
 
@@ -181,6 +181,17 @@ def test_the_same_notes_and_seed_give_the_same_coder_whatever_was_drawn_before(c
 def test_a_saved_coder_holds_no_sentence_of_a_note(coder, tmp_path):
     text = (coder.save(tmp_path/'coder')/'lexicon.json').read_text()
     assert 'stable' not in json.loads(text)['counts'] and 'Seen for' not in text and not any(n.text[:20] in text for n in made_up(60, 0))
+
+
+def test_a_name_or_number_of_one_patient_is_nowhere_in_a_saved_coder(tmp_path):
+    notes = made_up(60, 0)
+    for i, patient in enumerate(('p0', 'p0')):   # two notes of one patient; a coder marked the names as well
+        text = f'{notes[i].text} Kowalczyk disease, MRN 4471902, sign of Zorrillanza. Asthma.'
+        spans = tuple((text.index(w), text.index(w) + len(w)) for w in ('Kowalczyk disease', '4471902', 'sign of Zorrillanza'))
+        notes[i] = Note(notes[i].id, text, (*notes[i].codes, *(Code('I10', spans=(s,)) for s in spans), Code('J45.909', spans=((len(text) - 7, len(text) - 1),))), patient=patient)
+    for i in (2, 3): notes[i] = Note(notes[i].id, notes[i].text + ' Zorrilla clinic, ward 4471902. A disease, a sign.', notes[i].codes)   # two more patients: the beginning of the name is not of one patient alone, its end is
+    saved = b''.join(p.read_bytes() for p in Coder.fit(notes, language='en', members=2, epochs=2, titles=False).save(tmp_path/'coder').iterdir()).lower()
+    assert not any(w in saved for w in (b'kowal', b'cowal', b'447', b'zorrillan')) and b'asthma' in saved and b'hypert' in saved
 
 
 @pytest.mark.parametrize('name, content, said', [('lexicon.json', '{"counts": ', 'damaged'), ('coder.json', '{}', 'damaged'), ('coder.json', None, 'missing'), ('network.onnx', 'no network', 'cannot be loaded')])
