@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import edgenb
 from .core import EdgenbError
-from .mentions import Coder, best_threshold, project
-from .ranking import average_precision, expected_calibration_error, f1_of, interval, mean_average_precision, micro, micro_f1, paired_difference, seen_and_unseen, set_counts
+from .mentions import Coder, project
+from .ranking import average_precision, best_threshold, expected_calibration_error, f1_of, interval, mean_average_precision, micro, micro_f1, paired_difference, seen_and_unseen, set_counts
 
 # %% ../nbs/51_codiesp.ipynb #6d29beb0
 def codiesp_folder() -> Path:

@@ -6,9 +6,8 @@
 __all__ = ['LANGUAGES', 'WORD', 'SENTENCE_ENDS', 'LATIN', 'PREFIX', 'EXACT', 'ALIKE', 'PARTLY', 'TITLE', 'PATIENTS', 'PRIOR',
            'SLOT', 'WHOLE', 'FEATURES', 'LEAST', 'EMPTY', 'STEPS', 'Language', 'plain', 'stem', 'skeleton', 'Words',
            'term_of', 'mentions_of', 'Lexicon', 'shared_words', 'marked_counts', 'found_counts', 'lexicon_of', 'sum_of',
-           'Found', 'found_terms', 'Candidate', 'candidates', 'make_network', 'train_member', 'platt', 'best_threshold',
-           'Coder', 'checked_notes', 'trained', 'built', 'title_terms', 'save', 'load', 'aligned', 'dictionary_of',
-           'project']
+           'Found', 'found_terms', 'Candidate', 'candidates', 'make_network', 'train_member', 'platt', 'Coder',
+           'checked_notes', 'trained', 'built', 'title_terms', 'save', 'load', 'aligned', 'dictionary_of', 'project']
 
 # %% ../nbs/45_mentions.ipynb #d1c61be0
 import bisect, collections, functools, json, math, re, tempfile, time, unicodedata
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from .core import EdgenbError, did_you_mean, file_errors, within
 from .notes import Code, Note
+from .ranking import best_threshold
 
 # %% ../nbs/45_mentions.ipynb #1e49703e
 @dataclass(frozen=True)
@@ -327,12 +327,7 @@ def platt(logits: np.ndarray, y: np.ndarray) -> tuple:   # slope, offset
         line = line - step
     return tuple(float(v) for v in line)
 
-def best_threshold(probability: np.ndarray, y: np.ndarray, codes: int) -> float:
-    "The probability above which micro-F1 is best; `codes` is how many there are to find, those without a candidate included."
-    order = np.argsort(-probability, kind='stable')
-    f1 = 2*np.cumsum(y[order])/(np.arange(1, len(y) + 1) + codes)
-    smooth = np.convolve(np.pad(f1, 25, 'edge'), np.ones(51)/51, 'valid')   # a single lucky candidate decides nothing
-    return float(probability[order][int(np.argmax(smooth))])
+
 
 # %% ../nbs/45_mentions.ipynb #c41e6300
 LEAST = 10   # right and wrong candidates to learn from

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['set_counts', 'f1_of', 'micro_f1', 'average_precision', 'mean_average_precision', 'top_k', 'only', 'seen_and_unseen',
-           'resampled', 'interval', 'paired_difference', 'micro', 'expected_calibration_error', 'abstention_curve',
-           'review_effort', 'abstention_figure', 'effort_figure']
+           'best_threshold', 'resampled', 'interval', 'paired_difference', 'micro', 'expected_calibration_error',
+           'abstention_curve', 'review_effort', 'abstention_figure']
 
 # %% ../nbs/40_ranking.ipynb #345fef44
 import numpy as np
@@ -80,6 +80,17 @@ def seen_and_unseen(truth: list, ranked: list,
         out[name] = {'codes': sum(map(len, t)), 'precision': precision, 'recall': recall, 'f1': f1,
                      'map': mean_average_precision(t, only([list(x) for x in ranked], keep)) if any(t) else float('nan')}
     return out
+
+# %% ../nbs/40_ranking.ipynb #f0623a8f
+def best_threshold(probability: np.ndarray,   # (n,) of suggested codes, all documents together
+                   right: np.ndarray,         # bool (n,)
+                   codes: int                 # that there are to find, those nobody suggested included
+                  ) -> float:
+    "The probability from which on micro-F1 is best."
+    order = np.argsort(-probability, kind='stable')
+    f1 = 2*np.cumsum(right[order])/(np.arange(1, len(right) + 1) + codes)
+    beside = min(25, len(right)//100)   # a single lucky suggestion decides nothing
+    return float(probability[order][int(np.argmax(np.convolve(np.pad(f1, beside, 'edge'), np.ones(2*beside + 1), 'valid')))])
 
 # %% ../nbs/40_ranking.ipynb #c411916e
 def resampled(n: int, draws: int, seed: int,
@@ -166,11 +177,4 @@ def abstention_figure(systems: dict   # name -> (right, confidence)
         figure.add_scatter(x=curve['coverage'][shown].tolist(), y=curve['error'][shown].tolist(), mode='lines', name=name)
     return figure
 
-def effort_figure(systems: dict   # name -> (right, confidence)
-                 ):
-    "Accuracy against the share that is checked, if whoever checks is always right."
-    from edgenb.panel import _figure
-    figure = _figure('What checking brings, if the checker is right', 'share of suggestions checked', 'share right afterwards')
-    efforts = np.linspace(0, 1, 51)
-    for name, (right, confidence) in systems.items(): figure.add_scatter(x=efforts.tolist(), y=review_effort(confidence, right, efforts).tolist(), mode='lines', name=name)
-    return figure
+

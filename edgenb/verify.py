@@ -55,6 +55,10 @@ def _draws(y, answers, function, resamples, seed, clusters=None):
     "Metric of each answer on bootstrap draws of the examples, or of whole clusters of them: (resamples, answers)."
     return np.array([[function(y[rows], {k: v if k == 'negative' else v[rows] for k, v in a.items()}) for a in answers] for rows in resampled(len(y), resamples, seed, clusters)])
 
+def _of(y, answer, name):
+    "Which images make up the metric's denominator."
+    return {'accuracy': np.ones(len(y), bool), 'detection rate': y != answer['negative'], 'false-positive rate': y == answer['negative']}[name]
+
 def rate_interval(successes: int, n: int, confidence: float = 0.95) -> tuple:
     "Wilson interval of a proportion; (0, 1) without any trial."
     from scipy.stats import binomtest
@@ -71,7 +75,7 @@ def interval(y, answer, name: str, confidence: float = 0.95, seed: int = 0, clus
         if not np.isfinite(draws).any(): return value, float('nan'), float('nan')
         low, high = np.nanquantile(draws, [(1 - confidence)/2, (1 + confidence)/2])
         return value, float(low), float(high)
-    n = {'accuracy': len(y), 'detection rate': int((y != answer['negative']).sum()), 'false-positive rate': int((y == answer['negative']).sum())}[name]
+    n = int(_of(y, answer, name).sum())
     return value, *rate_interval(round(value*n) if n else 0, n, confidence)
 
 # %% ../nbs/05_verify.ipynb #65bae550
@@ -119,10 +123,6 @@ def _answer(model, images):
 def _right(y, answer, name):
     "Per image of the metric's denominator: judged as the metric wants it?"
     return (answer['label'] == y if name == 'accuracy' else answer['label'] != answer['negative'])[_of(y, answer, name)]
-
-def _of(y, answer, name):
-    "Which images make up the metric's denominator."
-    return {'accuracy': np.ones(len(y), bool), 'detection rate': y != answer['negative'], 'false-positive rate': y == answer['negative']}[name]
 
 def _difference(y, a, b, name, confidence, resamples, seed, clusters=None):
     "(low, high, standard deviation of one image's share) of the metric's difference b - a."

@@ -106,6 +106,15 @@ def test_the_recipe_draws_patients_where_they_have_several_notes():
     for k in ('top-1', 'MAP', 'micro-F1'): assert wide[k][0] == narrow[k][0] and wide[k][2] - wide[k][1] > 1.4*(narrow[k][2] - narrow[k][1])
 
 
+def test_the_threshold_of_the_recipe_is_about_the_best_for_lists_that_are_never_empty():
+    from edgenb.recipes.icd import coded, threshold_for
+    rng, classes = np.random.default_rng(5), [f'A{n:02}' for n in range(20)]
+    said = rng.dirichlet([0.15]*20, 300)
+    truth = [{c for c, p in zip(classes, row) if rng.random() < 1.3*p} or {classes[int(rng.integers(20))]} for row in said]
+    f1 = lambda t: micro(truth, coded(said, classes, t)[1])
+    assert f1(threshold_for(said, classes, truth)) > max(f1(t/100) for t in range(1, 100)) - 0.01 > f1(0.02) + 0.02
+
+
 def test_unseen_codes_are_scored_apart():
     apart = seen_and_unseen([{'A', 'B'}], [['A', 'B']], [{'A', 'C'}], seen={'A'})
     assert apart['seen']['f1'] == 1 and apart['unseen']['recall'] == 0 and apart['unseen']['precision'] == 0 and apart['unseen']['map'] == 1
