@@ -122,7 +122,7 @@ class Decisions:
     "The reviewers' actions, and what holds."
 
     def __init__(self, path):
-        self._stacks, self._undone, self._lines = {}, 0, 0
+        self._stacks, self._rows = {}, []
         self._log = Log(path, self._check, self._take)
         self.path = self._log.path
 
@@ -132,10 +132,9 @@ class Decisions:
         if not self._stacks.get(row['note']): raise EdgenbError(f"{row['note']}: there is no decision to take back")
 
     def _take(self, row):
-        self._lines += 1
-        if row['action'] != 'undo': self._stacks.setdefault(row['note'], []).append((self._lines, Decision(**row))); return
-        self._stacks[row['note']].pop()
-        self._undone += 1
+        self._rows.append(row)
+        if row['action'] != 'undo': self._stacks.setdefault(row['note'], []).append((len(self._rows), Decision(**row)))
+        else: self._stacks[row['note']].pop()
 
     def add(self, note: str, who: str, action: str,
             before: tuple,               # (code, confidence): what the model had put first
@@ -160,6 +159,11 @@ class Decisions:
         "All decisions that hold, one a note, in the order in which they were recorded."
         return [d for _, d in sorted((s[-1] for s in self._stacks.values() if s), key=lambda held: held[0])]
 
+    def actions(self, name   # a note's id -> what stands for it, such as a keyed hash
+               ) -> list:    # a row each, what was taken back included: {'note', 'who', 'when', 'action', 'before', 'after'}
+        "Every action in the order of the record; JSON, for a card."
+        return [{'note': name(r['note']), **{k: r[k] for k in ('who', 'when', 'action')}, 'before': r.get('before', {}).get('code'), 'after': r.get('after')} for r in self._rows]
+
     def summary(self) -> dict:
         "Counts, shares and times; JSON, for a card."
         held, actions = self.standing(), Counter(d.action for d in self.standing())
@@ -167,7 +171,7 @@ class Decisions:
         share = lambda n: n/len(held) if held else None
         return {'notes': len(held), **{k: actions[k] for k in ACTIONS}, 'agreement': share(actions['confirm']), 'listed': share(sum(d.rank is not None for d in held)),
                 'median_seconds': median(d.seconds for d in held) if held else None, 'corrections': [{'before': b, 'after': a, 'times': n} for (b, a), n in changed.most_common()],
-                'lines': self._lines, 'undone': self._undone, 'torn_lines': self._log.torn.read_bytes().count(b'\n') if self._log.torn.exists() else 0,
+                'lines': len(self._rows), 'undone': sum(r['action'] == 'undo' for r in self._rows), 'torn_lines': self._log.torn.read_bytes().count(b'\n') if self._log.torn.exists() else 0,
                 'reviewers': sorted({d.who for d in held}), 'models': sorted({d.model for d in held})}
 
 # %% ../nbs/49_decisions.ipynb #999c8439

@@ -207,6 +207,13 @@ class Pipeline:
             image = BEFORE[name][1](image, **parameters)
         return np.asarray(image) if stop == 'model' else image
 
+    def reads(self, note: str) -> bool:
+        "Whether a note goes in whole: neither refused for its length nor cut. (What a language model reads, its artifact knows.)"
+        if len(note) > self.step('text')['max_characters']: return False
+        if self.input != 'tokens': return True
+        step = self.step('tokens')
+        return len(_tokenizer(step['tokenizer']).encode(self.before(note.encode(), stop='tokens')).ids) <= step['length']
+
     def after(self, outputs: dict   # the model's outputs: 'logits' (n, classes) and what else it gives
              ) -> dict:             # adds 'probabilities', 'score', 'label', 'decision'
         "Run the steps after the model."

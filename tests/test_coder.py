@@ -1,14 +1,16 @@
 "The way from a model's scores to a physician's decision: evidence, the desk, the record, and what is learned from it."
 import errno, html, json, math, os, re, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from edgenb import coder, decisions as record
-from edgenb.coder import Desk, Suggestion, after_confirmation, confirmation_table, evidence, highlighted, known_code, log_odds, lost_without, parsed_command, review, review_table, span_overlap, suggest, windowed
+from edgenb.coder import Desk, Suggestion, after_confirmation, confirmation_table, evidence, highlighted, known_code, log_odds, parsed_command, review, review_table, span_overlap, suggest, suggested, windowed
 from edgenb.core import EdgenbError
 from edgenb.decisions import Decisions, corrections, summary_table
-from edgenb.notes import Code, Note
+from edgenb.notes import Code, Note, windows
+from edgenb.pipeline import text_pipeline
 
 CODES = {'J45.909': 'Unspecified asthma, uncomplicated', 'I20.9': 'Angina pectoris, unspecified', 'E11.9': 'Type 2 diabetes mellitus without complications', 'I10': 'Essential (primary) hypertension'}
 CUES = {'J45.909': ('wheezing', 'albuterol'), 'I20.9': ('chest pain', 'nitroglycerin'), 'E11.9': ('insulin', 'polyuria'), 'I10': ('BP 160/95', 'lisinopril')}
@@ -61,12 +63,18 @@ def test_the_weight_of_a_span_is_the_log_odds_lost_without_it():
 
 
 def test_without_its_evidence_an_answer_is_lost_and_without_other_words_it_is_not():
+    def lost_without(model, text, class_index, spans):
+        left = text
+        for b, e, *_ in sorted(spans, reverse=True): left = left[:b] + left[e:]
+        whole, part = log_odds(model([text, left])['logits'], class_index)
+        return whole - part
     text, truth = written(np.random.default_rng(3), 'I10')
     k, found = list(CODES).index('I10'), evidence(BagOfWords(), written(np.random.default_rng(3), 'I10')[0], 3)
     others = [(b, e) for b, e in coder.sentences(text) if not any(b < t and s < e for s, t in truth)][:2]
     assert lost_without(BagOfWords(), text, k, found) == pytest.approx(4.0) == lost_without(BagOfWords(), text, k, truth)   # two cues of weight 2
     assert lost_without(BagOfWords(), text, k, others) == pytest.approx(0) and lost_without(BagOfWords(), text, k, []) == 0
-    assert lost_without(BagOfWords(), 'insulin', 2, [(0, 7)]) == pytest.approx(2.0)   # nothing is left, and the model is not asked about nothing
+    [(b, e, weight)] = evidence(BagOfWords(), 'insulin', 2)
+    assert (b, e) == (0, 7) and weight == pytest.approx(2.0)   # nothing is left, and the model is not asked about nothing
 
 
 def test_two_neighbours_that_say_the_same_are_found_though_neither_is_missed_alone():
@@ -138,7 +146,7 @@ def test_suggest_refuses_what_does_not_fit_together(texts, shape, words):
 
 def test_a_long_note_is_as_likely_a_code_as_its_most_telling_window():
     model = BagOfWords()
-    long = windowed(model, words=20)
+    long = windowed(model, lambda text: windows(text, 20))
     text = 'Gait steady. '*300 + 'Has insulin. ' + 'Neck supple. '*300
     assert max(len(t.split()) for t in (long(np.array([text])), model.asked)[1]) <= 20
     z = long({'text': np.array([text, 'Has insulin.'])})['logits']
@@ -147,9 +155,50 @@ def test_a_long_note_is_as_likely_a_code_as_its_most_telling_window():
     with pytest.raises(EdgenbError, match='1 of 2 notes are empty, the first at place 1'): long(np.array([text, ' \n']))
 
 
+class Short:
+    "A bundle whose model, like any, reads the first words only."
+    def __init__(self, most=30, max_characters=2000):
+        self.pipeline, self.cues, self.most = text_pipeline(list(CODES), max_characters=max_characters), BagOfWords(), most
+        self.model = lambda texts: self.cues([' '.join(str(t).split()[:most]) for t in texts])
+        self.model.reads = lambda text: len(text.split()) <= most
+
+
+def test_of_fifty_pages_the_one_that_says_it_is_read_and_shown():
+    pages = ['Seen for follow-up. Gait steady. Neck supple. No new complaints today. '*35 for _ in range(50)]   # some 400 words each
+    middle = len(pages[39])//2//71*71
+    pages[39] = pages[39][:middle] + 'Has polyuria again, insulin started. ' + pages[39][middle:]
+    text, bundle = '\f\n'.join(pages), Short()
+    with pytest.raises(EdgenbError, match='cut it into windows'): bundle.pipeline.before(text.encode())
+    first, *others = suggested(bundle, CODES, [text, 'No complaints.'], explain=1)[0]
+    assert first.code == 'E11.9' and first.confidence > 3*others[0].confidence
+    assert sorted(text[b:e] for b, e, _ in first.spans) == ['insulin', 'polyuria']
+    assert all(len(pages[0])*39 < b < len(pages[0])*41 for b, *_ in first.spans)
+    dense = 'a-b '*20 + 'insulin ' + 'a-b '*200                                # what fits is asked of the model, not guessed from words
+    bundle.model.reads = lambda text: len(text.replace('-', ' ').split()) <= 30
+    assert suggested(bundle, CODES, [dense], explain=1)[0][0].code == 'E11.9'
+
+
+def test_an_encoder_knows_what_it_reads_whole():
+    tokenizers = pytest.importorskip('tokenizers')
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'[UNK]': 0, 'insulin': 1}, '[UNK]'))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    pipeline = text_pipeline(list(CODES), tokenizer=words.to_str(), length=8, max_characters=100)
+    assert pipeline.reads('a b c d e f g h') and not pipeline.reads('a b c d e f g h insulin') and not pipeline.reads('a'*101)
+    model = lambda x: {'logits': np.stack([3.0*np.array([0, 0, 1, 0])*(1 in row) for row in x])}
+    bundle = SimpleNamespace(pipeline=pipeline, model=model)
+    assert suggested(bundle, CODES, ['no-news '*60 + 'insulin ' + 'no-news '*60], explain=1)[0][0].code == 'E11.9'
+
+
+def test_a_note_that_is_read_whole_is_answered_as_ever():
+    bundle, text = Short(), 'Has insulin. Gait steady.'
+    [listed] = suggested(bundle, CODES, [text])
+    assert [(s.code, round(s.confidence, 6), s.spans) for s in listed] == [(s.code, round(s.confidence, 6), s.spans) for s in
+            suggest(bundle.pipeline([text.encode()], bundle.model), CODES, [text], model=BagOfWords())[0]]
+
+
 def test_windows_keep_the_embedding_of_the_model():
     model = lambda texts: {'logits': np.zeros((len(texts), 2)), 'embedding': np.array([[len(str(t).split())] for t in texts], float)}
-    assert windowed(model, words=4)(np.array(['a b c d e f', 'a']))['embedding'].tolist() == [[3.0], [1.0]]
+    assert windowed(model, lambda text: windows(text, 4))(np.array(['a b c d e f', 'a']))['embedding'].tolist() == [[3.0], [1.0]]
 
 
 # -- the record

@@ -184,10 +184,44 @@ def test_corrections_come_back_as_notes_that_data_reads(shipped, source, tmp_pat
     from edgenb.records import data
     new = shipped.file('learn', 'new_notes.jsonl')
     learned = shipped.card('learn').result
-    assert learned['notes'] == learned['asked'] == 4 and 'simulated' in learned['reviewer']
+    assert learned['notes'] == learned['asked'] == len(learned['actions']) == 4 and 'simulated' in learned['reviewer']
     again = Run(tmp_path/'again')
     card = data(again, source=source, extra=[str(new)], **READING)
     assert sum(card.result['splits']['train'].values()) >= sum(shipped.card('data').result['splits']['train'].values())
+
+
+def test_a_shipped_language_model_reads_a_long_note_to_its_end(shipped):
+    from edgenb.coder import reading, suggested
+    from edgenb.ship import bundle_of, load_bundle
+    bundle = load_bundle(bundle_of(shipped))
+    text = 'Afebrile, alert, stable, no complaints today. '*300 + 'HTN, on lisinopril. ' + 'Afebrile, alert. '*300
+    _, cut = reading(bundle)
+    parts = cut(text)
+    assert len(parts) > 20 and all(bundle.model.reads(text[b:e]) for b, e in parts) and not bundle.model.reads(text)
+    assert parts[0][0] == 0 and parts[-1][1] == len(text) and all(e == b for (_, e), (b, _) in zip(parts, parts[1:])) and cut('HTN.') == [(0, 4)]
+    [listed] = suggested(bundle, {c: c for c in bundle.pipeline.classes}, [text], explain=1)
+    assert {s.code for s in listed} == set(SAID)
+
+
+def test_the_card_has_every_action_and_names_no_note(shipped, tmp_path):
+    from edgenb.decisions import Decisions
+    from edgenb.records import learn
+    notes = [replace(n, id=f'visit-of-Marlowe-{i}') for i, n in enumerate(visits()[:3])]
+    record = Decisions(tmp_path/'decisions.jsonl')
+    def decide(i, action, after, rank): record.add(notes[i].id, 'Dr. Osei', action, ('E11.9', 0.6), after, rank, model='sha256:5f1c', seconds=2.0)
+    decide(0, 'confirm', 'E11.9', 1); decide(1, 'correct', 'I10', None); record.undo(notes[1].id, 'Dr. Li'); decide(1, 'correct', 'J45.909', 2); decide(2, 'reject', None, None)
+    run = Run(tmp_path/'run', pool=shipped.pool)
+    run.path.mkdir(parents=True, exist_ok=True)
+    for p in shipped.path.iterdir():
+        if p.name[:2].isdigit() and not p.name.startswith('08-'): (run.path/p.name).symlink_to(p)
+    rows = learn(run, decisions=str(record.path), source=str(save_notes(notes, tmp_path/'reviewed.jsonl'))).result['actions']
+    assert [(r['who'], r['action'], r['before'], r['after']) for r in rows] == [('Dr. Osei', 'confirm', 'E11.9', 'E11.9'), ('Dr. Osei', 'correct', 'E11.9', 'I10'), ('Dr. Li', 'undo', None, None),
+                                                                                ('Dr. Osei', 'correct', 'E11.9', 'J45.909'), ('Dr. Osei', 'reject', 'E11.9', None)]
+    assert [r['when'] for r in rows] == [json.loads(l)['when'] for l in record.path.read_text().splitlines()]
+    a, b, *more, c = [r['note'] for r in rows]
+    assert more == [b, b] and len({a, b, c}) == 3 and all(re.fullmatch('[0-9a-f]{12}', x) for x in (a, b, c))
+    card, = (p for p in run.path.glob('08-*.json'))
+    assert not re.search(f'Marlowe|{CANARY}', card.read_text())
 
 
 def test_a_template_that_lost_its_system_turn_does_not_pass(shipped, tmp_path, monkeypatch):

@@ -53,6 +53,7 @@ class Gguf(Runtime):
         "A function from texts, an array (n,) or {'text': it}, to {'logits': log-probability of every answer among the answers (n, answers), 'embedding': (n, width)}."
         engine, prompt = open_model(path, num_threads)
         def run(x, whole=False): return engine.score(_texts(x), prompt)
+        run.reads = lambda note: len(engine.tokenize(note)) <= prompt.max_tokens   # for `edgenb.coder.reading`
         run.token_logprobs = lambda notes, answers: engine.token_logprobs(notes, answers, prompt)   # for `verify`
         return run
 
