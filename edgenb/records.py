@@ -82,7 +82,7 @@ def _names(own_names: str) -> tuple:
 
 def _measured_recall(maker, language, notes, least, seed):
     "The rows of the de-identification test; refuses below the least recall."
-    from edgenb.deidentify import gate_recall, phi_test, recall_report
+    from edgenb.recall import gate_recall, phi_test, recall_report
     rows = recall_report(maker, phi_test(seed, notes, language=language))
     found = gate_recall(rows, least)
     if not found['passed']: raise EdgenbError(f"data: nothing was read, because the de-identification does not reach what you ask for: {found['why']}. Pass your own names and places (own_names), or a lower least_recall")

