@@ -117,28 +117,40 @@ def test_known_names_are_found_in_any_letters_but_not_in_an_eponym():
 
 def test_recall_on_the_held_out_notes_does_not_fall(english, spanish):
     rows = {r['kind']: r for r in recall_report(english, phi_test(1, 60))}
-    assert rows['all']['recall'] > .9 and rows['name']['recall'] > .8 and rows['all']['destroyed'] <= 1 and rows['all']['precision'] > .93
+    assert rows['all']['recall'] > .9 and rows['name']['recall'] > .8 and rows['all']['destroyed'] <= .04*rows['all']['clinical_terms'] and rows['all']['precision'] > .93
     for kind in ('date', 'phone', 'record', 'ssn', 'device', 'licence', 'email', 'web', 'age'): assert rows[kind]['recall'] > .95, kind
     assert recall_report(spanish, phi_test(1, 40, language='es'))[-1]['recall'] > .9
 
 def test_a_report_counts_only_whole_identifiers_and_the_terms_that_were_taken():
     class Half:
         def find(self, text): return [Found(0, 4, 'name'), Found(11, 15, 'name')]
-    rows = recall_report(Half(), [('Anna Smith NKDA 03/14', [Found(0, 10, 'name'), Found(16, 21, 'date')], ['NKDA'])])
+    rows = recall_report(Half(), [('Anna Smith NKDA 03/14', [Found(0, 10, 'name'), Found(16, 21, 'date')], ['NKDA'], 0)])
     assert [(r['kind'], r['n'], r['found']) for r in rows] == [('name', 1, 0), ('date', 1, 0), ('all', 2, 0)]
     assert rows[0]['precision'] == .5 and rows[-1]['destroyed_terms'] == {'NKDA': 1} and 'NKDA 1' in recall_table(rows)
 
 def test_the_gate_judges_the_lower_limit_so_a_small_test_cannot_pass():
     class All:
         def find(self, text): return [Found(0, 4, 'name')]
-    small, large = (recall_report(All(), [('Anna', [Found(0, 4, 'name')], [])]*n) for n in (5, 500))
+    small, large = (recall_report(All(), [('Anna', [Found(0, 4, 'name')], [], i) for i in range(n)]) for n in (5, 500))
     assert not gate_recall(small, .95)['passed'] and gate_recall(large, .95)['passed']
     assert set(gate_recall(small, .95)) == {'gate', 'passed', 'value', 'limit', 'why'}
+
+def test_the_interval_draws_templates_so_that_copies_of_a_note_prove_nothing():
+    class Names:
+        def find(self, text): return [Found(0, 4, 'name')] if text.startswith('Anna') else []
+    def report(copies): return recall_report(Names(), [(text, [Found(0, 4, 'name')], [], i) for i, text in enumerate(['Anna']*18 + ['anna']*2) for _ in range(copies)])[-1]
+    once, often = report(1), report(50)
+    assert once['recall'] == often['recall'] == .9 and (once['clusters'], often['n']) == (20, 1000)
+    assert often['low'] < .8 and often['high'] - often['low'] > .2            # a thousand names drawn one by one would give [0.88, 0.92]
+    assert not gate_recall([often], .85)['passed'] and '| 20 |' in recall_table([often])
+
+def test_there_are_enough_templates_for_an_interval():
+    for language, least in (('en', 16), ('es', 10)): assert len({c for *_, c in phi_test(0, 60, language=language)}) >= least
 
 def test_the_test_notes_hold_what_they_say_and_nothing_of_the_lists():
     known = {w.lower() for n in ('female', 'male', 'surnames', 'female_es', 'male_es', 'surnames_es', 'cities', 'cities_es') for w in words()[n]}
     for language in ('en', 'es'):
-        for text, truth, terms in phi_test(2, 30, language=language):
+        for text, truth, terms, _ in phi_test(2, 30, language=language):
             assert all(t in text for t in terms) and len(truth) > 3
             for f in truth:
                 assert 0 <= f.start < f.end <= len(text)
