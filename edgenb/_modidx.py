@@ -946,6 +946,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'edgenb.recall._person_as': ('recall.html#_person_as', 'edgenb/recall.py'),
                                'edgenb.recall._recall_interval': ('recall.html#_recall_interval', 'edgenb/recall.py'),
                                'edgenb.recall._typed': ('recall.html#_typed', 'edgenb/recall.py'),
+                               'edgenb.recall.clinic_test': ('recall.html#clinic_test', 'edgenb/recall.py'),
                                'edgenb.recall.gate_recall': ('recall.html#gate_recall', 'edgenb/recall.py'),
                                'edgenb.recall.phi_test': ('recall.html#phi_test', 'edgenb/recall.py'),
                                'edgenb.recall.recall_report': ('recall.html#recall_report', 'edgenb/recall.py'),

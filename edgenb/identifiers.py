@@ -11,6 +11,7 @@ import contextlib, functools, importlib.util, logging, sys, tomllib
 from dataclasses import dataclass
 from importlib.resources import files
 from .core import EdgenbError, within
+from .notes import SECTIONS
 
 # %% ../nbs/54_identifiers.ipynb #7e4d36fe
 KINDS = ('name', 'date', 'age', 'phone', 'email', 'web', 'record', 'ssn', 'licence', 'device', 'street', 'city', 'zip', 'hospital')
@@ -36,7 +37,9 @@ def words() -> dict:   # name of a list -> tuple of words
     found |= {'given': lower('female', 'male', 'female_es', 'male_es'), 'family': lower('surnames', 'surnames_es'), 'common': lower('common'),
               'not_names': lower('not_names'), 'after_eponym': lower('after_eponym'), 'regions': lower('regions'), 'towns': lower('cities', 'cities_es')}
     days = {d.lower()[:n] for l in LANGUAGES for d in WEEKDAYS[l] + MONTHS[l] for n in (3, 20)}
-    return found | {'clinical': (lower('clinical') | days) - found['given'] - found['family']}
+    shorthand = tomllib.loads(files('edgenb').joinpath('abbreviations.toml').read_text(encoding='utf-8'))['any']
+    known = {w.lower() for aliases in SECTIONS.values() for alias in aliases.split('|') for w in alias.split()} | {w.lower() for w in shorthand}
+    return found | {'clinical': (lower('clinical') | days | known) - found['given'] - found['family']}
 
 # %% ../nbs/54_identifiers.ipynb #88fc5523
 def _date_patterns():
@@ -91,7 +94,7 @@ def _place_patterns():
     names = '|'.join(w for w in words()['regions'] if len(w) > 3)
     road = 'street|st|avenue|ave|road|rd|boulevard|blvd|drive|dr|lane|ln|court|ct|place|pl|way|terrace|circle|cir|parkway|pkwy|highway|hwy|square|trail'
     unit = r'(?:,? *(?:(?i:apt|unit|suite|ste|floor|fl|room|rm|bldg)\b\.? *|#)[\w-]+)?'
-    calle = r'(?i:c/|calle|avda\.?|av\.|avenida|plaza|pza\.?|paseo|pº|camino|ronda|travesía|ctra\.?|carretera)'
+    calle = r'(?i:c/(?![ow]\b)|calle|avda\.?|av\.|avenida|plaza|pza\.?|paseo|pº|camino|ronda|travesía|ctra\.?|carretera)'
     care = (r"(?:Children's |Memorial |Regional |General |Community |County |University |Veterans )*(?:Hospital|Medical Cent(?:er|re)|Clinic|Health(?: System|care| Cent(?:er|re))?|Nursing Home|Rehab(?:ilitation)?(?: Cent(?:er|re))?"
             r"|Hospice|Infirmary|Care Cent(?:er|re)|Surgery Center|Cancer Cent(?:er|re)|Dialysis|Manor|Urgent Care|Pharmacy|Family Practice|Medical Group|Assisted Living|Sanatorium)")
     centro = r'(?:Hospital(?!i)|Clínica|Centro de Salud|Centro Médico|Residencia|Sanatorio|Policlínic[ao]|Ambulatorio|Complejo Hospitalario)'
@@ -218,6 +221,7 @@ class _Names:
             beyond = self.p['gap'].match(self.text, m.end()).end()
             if low in PARTICLES and (not big or n and beyond > m.end() and low != 'st'): particles, at = particles + 1, beyond; continue
             if dotted and len(word) == 1 and (big or lower): n, at, end = n + 1, beyond, m.end(); continue
+            if not (n or big or sure) and self.dictionary and self.dictionary(low) and not self.is_name(low): break   # 'Pt: feels well'
             if not (big or lower) or low in self.w['not_names'] and not self.is_name(low): break
             if self.plain(low) and not self.is_name(low) and (n or not sure or not big): break
             n, end = n + 1, m.end() - (dotted and len(word) > 1)
@@ -232,9 +236,13 @@ class _Names:
             if cue in ('enf', 'pte') and not dot: continue
             if cue in ('d', 'ms', 'don') and not dot and (cue == 'd' or not m['cue'][0].isupper() or m['cue'] == 'MS'): continue
             spanish = cue == 'd' and self.dictionary is None
+            if spanish and self.text[m.end()].islower() and self.p['word'].match(self.text, m.end())[0] not in self.w['given'] - self.w['common']: continue   # derecha
             if cue == 'd' and not spanish and not (m['cue'] == 'D' and self.text[m.end()].isupper()): continue
             self.after(m.end(), spanish or cue in ('dr', 'dra', 'mr', 'mrs', 'sra', 'dña', 'doña') or cue == 'ms' and dot, .9, 3 if m['cue'][0].islower() else 4)
-        for m in self.p['label'].finditer(self.text): self.after(m.end(), True, .85, comma=True, sure=False)
+        for m in self.p['label'].finditer(self.text):
+            if m[0][:2].lower() != 'cc': self.after(m.end(), True, .85, comma=True, sure=False); continue
+            word = self.p['word'].match(self.text, m.end())   # a copy to somebody, or the chief complaint
+            if word and (self.is_name(word[0].lower()) or not (self.dictionary and self.dictionary(word[0].lower()))): self.after(m.end(), False, .85, comma=True, sure=False)
         for m in self.p['before'].finditer(self.text):
             word = self.p['word'].match(self.text, m.end())
             if not word: continue

