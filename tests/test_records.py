@@ -282,3 +282,16 @@ def test_a_note_in_another_language_is_read_in_its_own(tmp_path):
     rows[0]['language'] = 'fr'
     (tmp_path/'w.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     with pytest.raises(EdgenbError, match='line 1: the language must be one of en, es'): data(run, source=str(tmp_path/'w.jsonl'), **READING)
+
+
+def test_a_bundle_tells_digests_and_no_names_of_the_files_it_was_made_from(tmp_path):
+    from edgenb.records import data
+    from edgenb.ship import _leaving
+    run, own, more = Run(tmp_path/'run'), tmp_path/'ward of Dr Marlowe.txt', tmp_path/'Marlowe-late.jsonl'
+    own.write_text('Marlowe\n')
+    save_notes([replace(n, id=f'more-{n.id}', text=f'late {n.text}', patient=f'late {n.patient}') for n in visits(1)], more)
+    card = data(run, source=str(save_notes(visits(), tmp_path/'Marlowe.jsonl')), own_names=str(own), extra=[str(more)], **READING)
+    left = _leaving(card)
+    assert 'Marlowe' not in json.dumps(left) and 'Marlowe.jsonl' in card.asked['source']
+    assert [left['asked'][k] for k in ('source', 'own_names', 'extra')] == [f"digest {card.read['source']}", f"digest {card.read['own names']}", [f"digest {card.read['extra 0']}"]]
+    assert left['asked']['language'] == 'en' and left['asked']['field'] == 0.1
