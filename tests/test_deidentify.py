@@ -156,6 +156,9 @@ def test_the_interval_draws_templates_so_that_copies_of_a_note_prove_nothing():
     assert often['low'] < .8 and often['high'] - often['low'] > .2            # a thousand names drawn one by one would give [0.88, 0.92]
     assert not gate_recall([often], .85)['passed'] and '| 20 |' in recall_table([often])
 
+def test_a_zip_code_at_the_end_of_a_line_and_a_physicians_number_are_found(english, spanish):
+    assert 'zip' in [f.kind for f in english.find('Re: 14 Juniper St, Elmira 44107\nDear Dr. Whitcombe')] and [f.kind for f in spanish.find('médico de familia, col. A4830217')] == ['licence']
+
 def test_there_are_enough_templates_for_an_interval():
     for language, least in (('en', 16), ('es', 10)): assert len({c for *_, c in phi_test(0, 60, language=language)}) >= least
 
