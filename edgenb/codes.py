@@ -24,11 +24,16 @@ def system_of(code: str) -> str:   # 'ICD-10-CM' or 'ICD-10-PCS', by its form al
     procedure = PCS.fullmatch(bare) and (bare[0].isdigit() or not bare[1].isdigit() or complete)
     return 'ICD-10-PCS' if procedure else 'ICD-10-CM'
 
+def _shape(text: str, most: int = 12) -> str:   # 'A00.0'
+    "What kinds of characters a text has, and none of them: A for a letter, 0 for a digit, ? for what is neither, a dot, a hyphen nor a blank."
+    kinds = ''.join('A' if c.isalpha() else '0' if c.isdigit() else c if c in '. -' else '?' for c in text)
+    return kinds if len(kinds) <= most else kinds[:most] + '…'
+
 def canonical(code: str,          # with or without dot, in any case
               system: str = ''    # of `SYSTEMS`; by default what its form says
              ) -> str:            # 'E11.9', '0DTJ4ZZ', 'J1100'
     "The one way to write a code; refuses what cannot be one. Chapters and ranges of ICD-10-CM stay as they are."
-    if system and system not in SYSTEMS: raise EdgenbError(f'there is no code system {system!r}.{did_you_mean(system, SYSTEMS)}')
+    if system and system not in SYSTEMS: raise EdgenbError(f'a text of {len(system)} characters ({_shape(system)}) is no code system.{did_you_mean(system, SYSTEMS)} There are {", ".join(SYSTEMS)}')
     said, bare = str(code).strip(), str(code).strip().upper()
     if system == 'own' and said: return said
     system = system or system_of(bare)
@@ -37,7 +42,7 @@ def canonical(code: str,          # with or without dot, in any case
         flat = bare[:3] + bare[4:] if bare[3:4] == '.' else bare
         if CM.fullmatch(flat) and not bare.endswith('.'): return flat[:3] + '.'*(len(flat) > 3) + flat[3:]
     elif (PCS if system == 'ICD-10-PCS' else HCPCS).fullmatch(bare): return bare
-    shown = repr(said) if len(said) <= 9 and re.search(r'\d', said) else f'a text of {len(said)} characters' if said else 'an empty text'   # a shifted column may hold a name
+    shown = f'a text of {len(said)} characters ({_shape(said)})' if said else 'an empty text'   # a shifted column may hold a name
     how = {'ICD-10-CM': "'E11.9' or 'e119'", 'ICD-10-PCS': "'0DTJ4ZZ': up to seven characters, none of them I or O", 'HCPCS': "'J1100'", 'own': 'anything'}[system]
     raise EdgenbError(f'{shown} is no {system} code: write one like {how}')
 

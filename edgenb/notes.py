@@ -50,12 +50,16 @@ def _decoded(path: Path) -> str:
         line = data.count(b'\n', 0, e.start) + 1
         raise EdgenbError(f'{path}, line {line}: byte 0x{data[e.start]:02x} is not UTF-8; it may be Latin-1 or Windows-1252: save the file as UTF-8 (iconv -f WINDOWS-1252 -t UTF-8)') from None
 
+def _known(names, known, where, what='columns'):
+    "Refuse names that are not known, without showing them: the first line of a file that has no header is a patient's."
+    if unknown := [n for n in names if n not in known]:
+        raise EdgenbError(f'{where}: {len(unknown)} of {len(list(names))} {what} are not known.{did_you_mean(unknown[0], known)} Known are {", ".join(known)}; names that are not known are not shown, they may be data of a patient')
+
 def _code(value, text, where):
     "A `Code` from what a file says: a string or a dictionary."
     if isinstance(value, str): value = {'code': value}
     if not isinstance(value, dict): raise EdgenbError(f'{where}: a code is {type(value).__name__}, it must be text such as "E11.9" or an object with "code"')
-    for k in value:
-        if k not in Code.__dataclass_fields__: raise EdgenbError(f'{where}: unknown entry {k!r} of a code.{did_you_mean(k, Code.__dataclass_fields__)}')
+    _known(value, tuple(Code.__dataclass_fields__), where, 'entries of a code')
     said, system = value.get('code'), value.get('system', '')
     if not isinstance(said, str) or not isinstance(system, str): raise EdgenbError(f'{where}: a code needs "code" as text, and "system" as text where there is one')
     try: code, system = canonical(said, system), system or system_of(said)
@@ -103,7 +107,7 @@ def _table(path, need):
         head = [c.strip().lower() for c in next(rows, [])]
         for c in need:
             if c not in head: raise EdgenbError(f"{path} has no column {c}; its first line must name the columns: {', '.join(need)}")
-        if doubled := [c for c in head if head.count(c) > 1]: raise EdgenbError(f'{path}: two columns are called {doubled[0]!r}')
+        if doubled := [c for c in head if head.count(c) > 1]: raise EdgenbError(f'{path}: {f"two columns are called {doubled[0]!r}" if doubled[0] in FIELDS else "two columns have the same name"}')
         at = rows.line_num + 1
         for row in rows:
             if any(c.strip() for c in row):
@@ -117,7 +121,7 @@ def _texts(folder):
     table, found = next((p for p in (folder/'codes.csv', folder/'codes.tsv') if p.is_file()), None), {}
     if table is None: raise EdgenbError(f'{folder} holds .txt files but no codes.csv: put one there with the columns id (file name without .txt) and codes')
     for n, row in _table(table, ('id', 'codes')):
-        if unknown := [c for c in row if c not in FIELDS or c == 'text']: raise EdgenbError(f'{table}: unknown column {unknown[0]!r}.{did_you_mean(unknown[0], [f for f in FIELDS if f != "text"])}')
+        _known(row, tuple(f for f in FIELDS if f != 'text'), table)
         if not (path := folder/f"{row['id'].strip()}.txt").is_file(): raise EdgenbError(f"{table}, line {n}: there is no file {path.name}")
         if path in found: raise EdgenbError(f'{table}, line {n}: {path.name} is there twice, first on line {found[path]}: put its codes in one line, separated by ;')
         found[path] = n
@@ -176,7 +180,7 @@ def read_notes(source: str | Path,      # a .jsonl, .csv or .tsv file, a folder 
     else: raise EdgenbError(f'{source}: notes are read from .jsonl, .csv, .tsv or a folder, not from {source.suffix or "a file without an ending"}')
     notes, seen, good = [], {}, set()
     for where, row in rows:
-        if unknown := [c for c in row if c not in FIELDS]: raise EdgenbError(f'{where}: unknown column {unknown[0][:30]!r}.{did_you_mean(unknown[0], FIELDS)}')
+        _known(row, FIELDS, where)
         note = _note(row, where, language)
         if note.id in seen: raise EdgenbError(f'{where}: this id is there already ({seen[note.id]}): every note needs its own')
         seen[note.id] = where

@@ -99,6 +99,14 @@ def _portable(value):
     if not isinstance(value, str): return value
     return Path(value).name if Path(value).is_absolute() else re.sub(r'(?<![\w.:/])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:;,\'"()]+[/\\])+', '', value)
 
+def _leaving(card) -> dict:
+    "A card for a bundle: of files from outside the run only the digests, since their names may say whose data they are."
+    def one(name, value):
+        if isinstance(value, list): return [one(f'{name} {i}', v) for i, v in enumerate(value)]
+        return f'digest {card.read[name]}' if isinstance(value, str) and name in card.read else value
+    told = {k: v for k, v in asdict(card).items() if k != 'skipped'}
+    return _portable(told | {'asked': {k: one(k.replace('_', ' '), v) for k, v in card.asked.items()}})
+
 def pack(folder: Path, name: str, row: dict, model: Path, pipeline: Path, parity: Path, sketch: Sketch, cards: list, warnings: list,
          detector: Detector | None = None) -> dict:
     "Write a bundle; returns its manifest. Refuses a row that failed."
@@ -109,7 +117,7 @@ def pack(folder: Path, name: str, row: dict, model: Path, pipeline: Path, parity
     if not runtime(row['runtime']).missing(): runtime(row['runtime']).sources(model, folder)
     (folder/'reference.sketch').write_bytes(sketch.to_bytes())
     if detector: (folder/'drift.detector').write_bytes(detector.to_bytes())
-    write_json(folder/'card.json', {'lineage': [_portable({k: v for k, v in asdict(c).items() if k != 'skipped'}) for c in cards]})
+    write_json(folder/'card.json', {'lineage': [_leaving(c) for c in cards]})
     write_json(folder/'parity.json', _portable(json.loads(parity.read_text(encoding='utf-8'))))
     manifest = {'edgenb_bundle': FORMAT, 'edgenb': edgenb.__version__, 'name': name, 'artifact': row['artifact'], 'runtime': row['runtime'], 'precision': row['precision'],
                 'model': f'model{model.suffix}', 'data': cards[0].data, 'device': row['device'], 'verdict': row['verdict'], 'warnings': warnings,

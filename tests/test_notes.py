@@ -34,8 +34,23 @@ def test_what_is_no_code_is_refused(said, system):
 
 
 def test_a_name_in_the_column_of_codes_is_not_repeated():
-    with pytest.raises(EdgenbError) as e: canonical('Rosa')
-    assert 'Rosa' not in str(e.value) and '4 characters' in str(e.value)
+    for said, shape in (('Rosa', 'AAAA'), ('Rosa 1951', 'AAAA 0000'), ('4830021', '0000000'), ('Ñuñez#2', 'AAAAA?0')):
+        with pytest.raises(EdgenbError) as e: canonical(said, 'ICD-10-CM')
+        assert said not in str(e.value) and f'{len(said)} characters ({shape})' in str(e.value)
+
+
+def test_the_first_line_of_a_file_without_a_header_is_not_repeated(tmp_path):
+    (path := tmp_path/'notes.csv').write_text('1,text,Rosa Marlowe\n2,cough,x\n')
+    (tmp_path/'row.jsonl').write_text('{"id": 1, "text": "cough", "Rosa Marlowe": 1, "1951": 2}\n')
+    for path, said in ((path, 'no column id'), (tmp_path/'row.jsonl', '2 of 4 columns are not known')):
+        with pytest.raises(EdgenbError, match=said) as e: read_notes(path)
+        assert 'osa' not in str(e.value) and '1951' not in str(e.value)
+    (tmp_path/'folder').mkdir(); (tmp_path/'folder'/'a.txt').write_text('cough'); (tmp_path/'folder'/'codes.csv').write_text('id,codes,Rosa\na,I10,x\n')
+    with pytest.raises(EdgenbError, match='1 of 3 columns are not known') as e: read_notes(tmp_path/'folder')
+    assert 'osa' not in str(e.value)
+    (tmp_path/'two.csv').write_text('id,text,Rosa,Rosa\n')
+    with pytest.raises(EdgenbError, match='two columns have the same name') as e: read_notes(tmp_path/'two.csv')
+    assert 'osa' not in str(e.value)
 
 
 @given(st.sampled_from(sorted(icd.icd10cm())))
@@ -142,18 +157,18 @@ GOOD = '{"id": "1", "text": "asthma Rosa", "codes": ["J45.909"]}\n'
 
 @pytest.mark.parametrize('text, message', [
     ('', 'holds no note'), (GOOD + '\n{"id": "2", "text": " "}', 'line 3: the note is empty'), (GOOD*2, 'line 2: this id is there already .*line 1'), ('{"text": "Rosa"}', 'line 1: the note has no id'),
-    ('{"id": 1, "text": "Rosa"', 'line 1: not JSON'), ('["Rosa"]', 'line 1: list'), ('{"id": 1, "text": "Rosa", "code": ["I10"]}', "unknown column 'code'. Did you mean codes"),
+    ('{"id": 1, "text": "Rosa"', 'line 1: not JSON'), ('["Rosa"]', 'line 1: list'), ('{"id": 1, "text": "Rosa", "code": ["I10"]}', "1 of 3 columns are not known. Did you mean codes"),
     ('{"id": 1, "text": "Rosa", "codes": ["I10", "i10"]}', 'I10 is there twice'), ('{"id": 1, "text": "Rosa", "codes": ["E11"]}', 'line 1: E11: not billable: choose one of'), ('{"id": 1, "text": "Rosa", "codes": ["I60.21"]}', 'retired'),
-    ('{"id": 1, "text": "Rosa", "codes": ["Rosa"]}', 'line 1: a text of 4 characters is no'), ('{"id": 1, "text": "Rosa", "codes": [{"code": "I10", "spans": [[2, 5]]}]}', 'line 1: a span of I10'),
-    ('{"id": 1, "text": "Rosa", "codes": [{"code": "I10", "span": []}]}', "unknown entry 'span'"), ('{"id": 1, "text": "Rosa", "codes": [7]}', 'line 1: a code is int'), ('{"id": 1, "text": "Rosa", "codes": {"I10": 1}}', 'codes must be a list'),
-    ('{"id": 1, "text": "Rosa", "language": "fr"}', 'the language must be one of en, es'), ('{"id": 1, "text": "Rosa", "split": "dev"}', 'the split must be one of'), ('{"id": {"a": "Rosa"}, "text": "Rosa"}', 'has no id'), ('{"id": 1, "text": "Rosa \\ud800"}', 'half a character'), ('{"id": 1, "text": "Rosa", "codes": [{"code": "I10", "system": "ICD-9"}]}', "no code system 'ICD-9'")])
+    ('{"id": 1, "text": "Rosa", "codes": ["Rosa"]}', r'line 1: a text of 4 characters \(AAAA\) is no'), ('{"id": 1, "text": "Rosa", "codes": [{"code": "I10", "spans": [[2, 5]]}]}', 'line 1: a span of I10'),
+    ('{"id": 1, "text": "Rosa", "codes": [{"code": "I10", "span": []}]}', "1 of 2 entries of a code are not known. Did you mean spans"), ('{"id": 1, "text": "Rosa", "codes": [7]}', 'line 1: a code is int'), ('{"id": 1, "text": "Rosa", "codes": {"I10": 1}}', 'codes must be a list'),
+    ('{"id": 1, "text": "Rosa", "language": "fr"}', 'the language must be one of en, es'), ('{"id": 1, "text": "Rosa", "split": "dev"}', 'the split must be one of'), ('{"id": {"a": "Rosa"}, "text": "Rosa"}', 'has no id'), ('{"id": 1, "text": "Rosa \\ud800"}', 'half a character'), ('{"id": 1, "text": "Rosa", "codes": [{"code": "I10", "system": "ICD-9"}]}', "is no code system.*There are ICD-10-CM")])
 def test_a_bad_line_is_named_with_file_and_line_and_no_text_of_the_note(tmp_path, text, message):
     (path := tmp_path/'notes.jsonl').write_text(text)
     with pytest.raises(EdgenbError, match=message) as e: read_notes(path)
     assert str(path) in str(e.value) and 'Rosa' not in str(e.value)
 
 
-@pytest.mark.parametrize('text, message', [('id,note\n1,Rosa\n', 'no column text'), ('id,text,cods\n1,Rosa,I10\n', "unknown column 'cods'. Did you mean codes"), ('id,text\n1,Rosa, fell\n', 'line 2: 3 cells, there are 2'),
+@pytest.mark.parametrize('text, message', [('id,note\n1,Rosa\n', 'no column text'), ('id,text,cods\n1,Rosa,I10\n', "1 of 3 columns are not known. Did you mean codes"), ('id,text\n1,Rosa, fell\n', 'line 2: 3 cells, there are 2'),
                                            ('id,text\n1,"Rosa\nfell"\n2,\n', 'line 4: the note is empty'), ('id,text\n1,"Rosa', 'line 2: not a table'), ('id,text,text\n1,2,3\n', "two columns are called 'text'")])
 def test_a_bad_row_is_named_by_the_line_it_starts_on(tmp_path, text, message):
     (path := tmp_path/'notes.csv').write_text(text)
@@ -210,7 +225,7 @@ def test_the_layout_of_codiesp_is_read_in_both_languages_with_evidence_in_spanis
 
 
 @pytest.mark.parametrize('name, old, new, message', [
-    ('testD.tsv', 'test-1\tr07.9', 'test-9\tr07.9', 'line 1: there is no text'), ('testD.tsv', '\tr50.9', ' r50.9', 'line 2: 1 cells'), ('testD.tsv', 'r50.9', 'fiebre', 'line 2: a text of 6 characters is no'),
+    ('testD.tsv', 'test-1\tr07.9', 'test-9\tr07.9', 'line 1: there is no text'), ('testD.tsv', '\tr50.9', ' r50.9', 'line 2: 1 cells'), ('testD.tsv', 'r50.9', 'fiebre', r'line 2: a text of 6 characters \(AAAAAA\) is no'),
     ('testX.tsv', '10 24', '10 99', 'line 1: the evidence'), ('testX.tsv', '10 24', '10-24', 'line 1: the evidence'), ('testX.tsv', 'r50.9', 'r50.8', 'line 2: R50.8 is not among'), ('testX.tsv', 'PROCED', 'PRECED', 'line 3: the second cell'), ('testX.tsv', 'r50.9', 'fiebre', 'line 2: a text of 6'), ('testP.tsv', 'b24b', 'b2ob', 'line 1: .* no ICD-10-PCS')])
 def test_a_faulty_copy_of_codiesp_is_refused_by_file_and_line(layout, name, old, new, message):
     path = layout/'test'/name

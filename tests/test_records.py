@@ -286,3 +286,53 @@ def test_more_losses_never_look_better_when_few_patients_have_several_notes():
         return parity(*answers, (None, y), 'accuracy', 0.05, clusters=clusters).delta_low
     found = [low(2*f) for f in range(6)]   # both notes of one patient after the other
     assert found == sorted(found, reverse=True) and found[0] < -0.05
+
+
+def test_two_runs_of_a_workspace_freeze_the_same_notes_and_share_their_rooms(tmp_path, capsys):
+    from edgenb.records import data
+    source = str(save_notes(visits(), tmp_path/'v.jsonl'))
+    one, two, elsewhere = Run.start('a', tmp_path/'runs'), Run.start('a', tmp_path/'runs'), Run.start('a', tmp_path/'other')
+    first = data(one, source=source, **READING)
+    secret = one.pool.parent/'.secret'
+    assert secret.stat().st_mode & 0o777 == 0o600 and len(secret.read_bytes()) == 32
+    assert data(two, source=source, **READING).skipped and 'taken over' in capsys.readouterr().out
+    again = data(two, source=source, **READING | {'recall_notes': 31})                # done anew, but nothing that later rooms read has changed
+    files = lambda run: {p.name: p.read_bytes() for p in run.path.rglob('*.txt')}
+    assert not again.skipped and files(one) == files(two)
+    data(elsewhere, source=source, **READING)
+    assert not set(files(one)) & set(files(elsewhere))                                # another workspace, another secret
+    kept = b''.join(p.read_bytes() for p in (tmp_path/'runs').rglob('*') if p.is_file() and p != secret) + capsys.readouterr().out.encode()
+    assert secret.read_bytes() not in kept and secret.read_bytes().hex().encode() not in kept
+
+
+def test_a_damaged_secret_is_one_clear_line(tmp_path):
+    from edgenb.records import workspace_secret
+    run = Run.start('a', tmp_path)
+    assert workspace_secret(run) == workspace_secret(run)
+    (run.pool.parent/'.secret').write_bytes(b'half')
+    with pytest.raises(EdgenbError, match='damaged.*32 bytes'): workspace_secret(run)
+
+
+def test_a_note_in_another_language_is_read_in_its_own(tmp_path):
+    from edgenb.records import data, frozen_notes
+    mixed = [replace(n, language='es', text=n.text + '. Dña. aitana echaburu ingresó el 3 de mayo de 2023') if i % 3 == 1 else n for i, n in enumerate(visits())]
+    run = Run(tmp_path/'run')
+    card = data(run, source=str(save_notes(mixed, tmp_path/'v.jsonl')), **READING)
+    assert set(card.result['other languages']) == {'es'} and not any('echaburu' in n.text for n in frozen_notes(run, 'all'))
+    rows = [json.loads(l) for l in (tmp_path/'v.jsonl').read_text().splitlines()]
+    rows[0]['language'] = 'fr'
+    (tmp_path/'w.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    with pytest.raises(EdgenbError, match='line 1: the language must be one of en, es'): data(run, source=str(tmp_path/'w.jsonl'), **READING)
+
+
+def test_a_bundle_tells_digests_and_no_names_of_the_files_it_was_made_from(tmp_path):
+    from edgenb.records import data
+    from edgenb.ship import _leaving
+    run, own, more = Run(tmp_path/'run'), tmp_path/'ward of Dr Marlowe.txt', tmp_path/'Marlowe-late.jsonl'
+    own.write_text('Marlowe\n')
+    save_notes([replace(n, id=f'more-{n.id}', text=f'late {n.text}', patient=f'late {n.patient}') for n in visits(1)], more)
+    card = data(run, source=str(save_notes(visits(), tmp_path/'Marlowe.jsonl')), own_names=str(own), extra=[str(more)], **READING)
+    left = _leaving(card)
+    assert 'Marlowe' not in json.dumps(left) and 'Marlowe.jsonl' in card.asked['source']
+    assert [left['asked'][k] for k in ('source', 'own_names', 'extra')] == [f"digest {card.read['source']}", f"digest {card.read['own names']}", [f"digest {card.read['extra 0']}"]]
+    assert left['asked']['language'] == 'en' and left['asked']['field'] == 0.1
