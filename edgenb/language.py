@@ -163,9 +163,9 @@ def compile(run,
     candidates = [c['name'] for c in json.loads(run.file('squeeze', 'candidates.json').read_text(encoding='utf-8'))]
     weights = run.file('squeeze', 'importance.gguf') if any(p.endswith('/importance.gguf') for p in run.card('squeeze').wrote) else None
     f16 = write_gguf(merged, run.new('gguf-f16.gguf'), prompt)
+    same_rendering(merged, f16)   # first: it can say what was lost
     here, there = identity(merged), identity(f16)
     if lost := [k for k in here if here[k] != there.get(k)]: raise EdgenbError(f'compile: {", ".join(lost)} of the GGUF file is not that of the merged model: it would read notes otherwise than it was tuned to')
-    same_rendering(merged, f16)
     judge, tried, artifacts = _judge_of(run, engine.load(f16, num_threads), pipeline, metric, tolerance), [], []
     for level in progress(candidates, desc='writing levels', unit='level'):
         t = Tried('gguf', level, engine.variants[level].precision if level in engine.variants else 'int8', f16 if level == 'f16' else quantize(f16, run.new(f'gguf-{level}.gguf'), level, imatrix=weights, num_threads=num_threads))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from edgenb.core import EdgenbError, Run
 from edgenb.notes import Code, Note, primary, save_notes
+from toylm import rewritten
 
 torch, _, _ = pytest.importorskip('torch'), pytest.importorskip('presidio_analyzer'), pytest.importorskip('peft')
 CANARY = 'zebrafinch'   # a word that stands in every note, and must stand nowhere but in the frozen notes
@@ -183,20 +184,39 @@ def test_corrections_come_back_as_notes_that_data_reads(shipped, source, tmp_pat
     assert sum(card.result['splits']['train'].values()) >= sum(shipped.card('data').result['splits']['train'].values())
 
 
-def test_a_template_that_lost_its_system_turn_does_not_pass(shipped, tmp_path, monkeypatch):
-    from edgenb import handoff, language
-    lost = handoff._fields_of
-    def without(of):
-        fields = dict(lost(of))
-        if str(of).endswith('.gguf'):
-            kind, item, template = fields['tokenizer.chat_template']
-            fields['tokenizer.chat_template'] = (kind, item, template.replace('{% for m in messages %}', "{% for m in messages if m['role'] != 'system' %}"))
-        return fields
-    monkeypatch.setattr(handoff, '_fields_of', without)
+@pytest.fixture
+def merged(shipped, tmp_path):
+    "A run as `squeeze` left it."
     run = Run(tmp_path/'run', pool=shipped.pool)
+    run.path.mkdir()
     for name in ('01-data', '02-tune', '03-squeeze'):
-        for p in shipped.path.glob(f'{name}*'): (run.path/p.name).symlink_to(p) if run.path.exists() else (run.path.mkdir(parents=True), (run.path/p.name).symlink_to(p))
-    with pytest.raises(EdgenbError, match='template'): language.compile(run, tolerance=0.99, num_threads=1)
+        for p in shipped.path.glob(f'{name}*'): (run.path/p.name).symlink_to(p)
+    return run
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda t: t.replace('{% for m in messages %}', "{% for m in messages if m['role'] != 'system' %}"), 'lost its system turn: in a conversation with a system turn'),
+    (lambda t: t + '{# another #}', 'template of the GGUF file is not that of the merged model')], ids=['rendered otherwise', 'rendered alike'])
+def test_a_file_whose_template_changed_on_the_way_does_not_pass(change, words, merged, monkeypatch):
+    from edgenb import gguf, language
+    write = gguf.write_gguf
+    def converted(folder, path, prompt): return rewritten(write(folder, path, prompt), path, tokenizer__chat_template=change(CHATML))
+    monkeypatch.setattr(gguf, 'write_gguf', converted)
+    with pytest.raises(EdgenbError, match=words) as e: language.compile(merged, tolerance=0.99, num_threads=1)
+    assert '\n' not in str(e.value) and not list(merged.path.glob('04-compile*'))
+
+
+@pytest.mark.parametrize('kept', [0.0, 0.01, 0.3, 0.9, 0.999])
+def test_a_file_cut_short_on_the_way_does_not_pass(kept, merged, monkeypatch):
+    from edgenb import gguf, language
+    write = gguf.write_gguf
+    def converted(folder, path, prompt):
+        whole = write(folder, path, prompt).read_bytes()
+        path.write_bytes(whole[:int(kept*len(whole))])
+        return path
+    monkeypatch.setattr(gguf, 'write_gguf', converted)
+    with pytest.raises(EdgenbError, match='gguf-f16.gguf') as e: language.compile(merged, tolerance=0.99, num_threads=1)
+    assert '\n' not in str(e.value) and not list(merged.path.glob('04-compile*'))
 
 
 def test_an_encoder_goes_the_same_way(read, tmp_path_factory):
