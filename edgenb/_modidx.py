@@ -686,6 +686,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'edgenb.lm.encode': ('lm.html#encode', 'edgenb/lm.py'),
                            'edgenb.lm.lm_callable': ('lm.html#lm_callable', 'edgenb/lm.py'),
                            'edgenb.lm.load_base': ('lm.html#load_base', 'edgenb/lm.py'),
+                           'edgenb.lm.load_tokenizer': ('lm.html#load_tokenizer', 'edgenb/lm.py'),
                            'edgenb.lm.make_prompt': ('lm.html#make_prompt', 'edgenb/lm.py'),
                            'edgenb.lm.mask_of': ('lm.html#mask_of', 'edgenb/lm.py'),
                            'edgenb.lm.pieces_of': ('lm.html#pieces_of', 'edgenb/lm.py'),

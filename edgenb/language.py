@@ -13,7 +13,7 @@ import numpy as np
 from .certificate import require
 from .core import EdgenbError, did_you_mean, progress, room, within, write_atomic, write_json
 from .data import examples_of
-from .lm import Prompt, base_folder, lm_callable, load_base, make_prompt, token_logprobs
+from .lm import Prompt, base_folder, lm_callable, load_base, load_tokenizer, make_prompt, token_logprobs
 from .notes import REASON
 from .pipeline import Pipeline, text_pipeline
 from .runtime import LIBRARIES, ready, size_mb
@@ -81,8 +81,7 @@ def tune(run,
     facts = run.card('data').result
     overridden, classes = require(facts['certificate'], accept_gates), facts['classes']
     torch.set_num_threads(num_threads)
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(base_folder(model_name_or_path))
+    tokenizer = load_tokenizer(base_folder(model_name_or_path))
     told = with_list(classes, {c: lookup(c).description for c in classes}) if list_codes else instruction
     prompt, pipeline = make_prompt(tokenizer, told, classes, max_tokens=max_tokens), text_pipeline(classes, max_characters=40*max_tokens, threshold=threshold, sections=sections)
     training, held = _read(run, 'train', pipeline), _read(run, 'validation', pipeline)
@@ -170,16 +169,16 @@ def compile(run,
     for level in progress(candidates, desc='writing levels', unit='level'):
         t = Tried('gguf', level, engine.variants[level].precision if level in engine.variants else 'int8', f16 if level == 'f16' else quantize(f16, run.new(f'gguf-{level}.gguf'), level, imatrix=weights, num_threads=num_threads))
         said = judge(engine.load(t.path, num_threads))
-        t.loss, t.holds, t.why, t.size_mb = said.loss, said.holds or level == 'f16', said.why, size_mb(t.path)
+        t.loss, t.holds, t.why, t.size_mb = said.loss, said.holds, said.why, size_mb(t.path)
         tried.append(t)
         if t.holds or full: artifacts.append(_artifact(t.artifact, t.precision, t.path, '' if t.holds else t.why))
-        else: t.path.unlink()
+        elif t.path != f16: t.path.unlink()
     if base:
         about = json.loads(run.file('tune', 'network.json').read_text(encoding='utf-8'))['causal']
         path = write_gguf(base_folder(about['model_name_or_path']), run.new('gguf-base.gguf'), prompt)
         artifacts.append(_artifact('gguf-base', 'fp16', path, 'the base model, before tuning: shown for comparison'))
     if not any(not a['refused'] for a in artifacts): raise EdgenbError('compile: no level holds. ' + '; '.join(f'{t.artifact}: {t.why}' for t in tried))
-    if 'f16' not in candidates: f16.unlink()
+    if not any(a['file'] == f16.name for a in artifacts): f16.unlink()
     return {'artifacts': artifacts, 'tried': [t.row() for t in tried], 'types': {a['artifact']: effective_types(run.out/a['file']) for a in artifacts}, 'identity': here,
             'hand_off': hand_off(run.out, [a['file'] for a in artifacts if not a['refused']], merged, prompt)}
 

@@ -114,29 +114,50 @@ def tiny(tmp_path_factory):
     return folder
 
 
+def test_tuning_what_is_no_language_model_is_one_line(read, tiny, tmp_path, monkeypatch):
+    import huggingface_hub, shutil
+    from edgenb.language import tune
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    mute, torn = (shutil.copytree(tiny, tmp_path/n) for n in ('mute', 'torn'))
+    (mute/'tokenizer.json').unlink(); (torn/'tokenizer.json').write_text('[]')
+    for name, why in ((mute, 'mute holds no tokenizer'), (torn, 'torn holds no tokenizer'), ('nobody/nothing', 'nobody/nothing is neither a folder here nor a model'), ('bundled:smollm3', 'bundled')):
+        run = Run(tmp_path/f'run-{Path(str(name)).name}', pool=read[0].pool)
+        run.path.mkdir()
+        for p in read[0].path.glob('01-data*'): (run.path/p.name).symlink_to(p)
+        with pytest.raises(EdgenbError, match=why) as e: tune(run, model_name_or_path=str(name), accept_gates=accepted(read[1]), num_threads=1)
+        assert '\n' not in str(e.value) and not list(run.path.glob('02-tune*'))
+
+
 def ready_or_skip():
     from edgenb.runtime import runtime
     if why := runtime('gguf').missing(build=True): pytest.skip(why)
 
 
 @pytest.fixture(scope='module')
-def shipped(read, tiny):
-    "The whole loop with the tiny language model."
+def squeezed(read, tiny):
+    "The tiny language model, tuned and merged."
     ready_or_skip()
-    from edgenb.language import compile, squeeze, tune
+    from edgenb.language import squeeze, tune
+    run, card = read
+    tune(run, model_name_or_path=str(tiny), instruction='Give the code.', max_tokens=96, num_train_epochs=4, learning_rate=5e-3, lora_r=8, lora_alpha=16, accept_gates=accepted(card), num_threads=1)
+    squeeze(run, levels=['f16', 'q8_0', 'q4_k_m'], importance=True, importance_notes=8, num_threads=1)
+    return run
+
+
+@pytest.fixture(scope='module')
+def shipped(squeezed):
+    "The whole loop with it."
+    from edgenb.language import compile
     from edgenb.records import learn
     from edgenb.ship import ship
     from edgenb.verify import verify
     from edgenb.watch import watch
-    run, card = read
-    tune(run, model_name_or_path=str(tiny), instruction='Give the code.', max_tokens=96, num_train_epochs=4, learning_rate=5e-3, lora_r=8, lora_alpha=16, accept_gates=accepted(card), num_threads=1)
-    squeeze(run, levels=['f16', 'q8_0', 'q4_k_m'], importance=True, importance_notes=8, num_threads=1)
-    compile(run, tolerance=1.0, num_threads=1)
-    verify(run, tolerance=0.5, latency_budget_ms=10_000, timing_runs=5)
-    ship(run, accept=['undecided'])
-    watch(run, shifts=['capitals'], window=10)
-    learn(run, budget=4)
-    return run
+    compile(squeezed, tolerance=1.0, num_threads=1)
+    verify(squeezed, tolerance=0.5, latency_budget_ms=10_000, timing_runs=5)
+    ship(squeezed, accept=['undecided'])
+    watch(squeezed, shifts=['capitals'], window=10)
+    learn(squeezed, budget=4)
+    return squeezed
 
 
 def test_every_hop_of_a_language_model_is_judged(shipped):
@@ -185,12 +206,12 @@ def test_corrections_come_back_as_notes_that_data_reads(shipped, source, tmp_pat
 
 
 @pytest.fixture
-def merged(shipped, tmp_path):
+def merged(squeezed, tmp_path):
     "A run as `squeeze` left it."
-    run = Run(tmp_path/'run', pool=shipped.pool)
+    run = Run(tmp_path/'run', pool=squeezed.pool)
     run.path.mkdir()
     for name in ('01-data', '02-tune', '03-squeeze'):
-        for p in shipped.path.glob(f'{name}*'): (run.path/p.name).symlink_to(p)
+        for p in squeezed.path.glob(f'{name}*'): (run.path/p.name).symlink_to(p)
     return run
 
 
@@ -217,6 +238,15 @@ def test_a_file_cut_short_on_the_way_does_not_pass(kept, merged, monkeypatch):
     monkeypatch.setattr(gguf, 'write_gguf', converted)
     with pytest.raises(EdgenbError, match='gguf-f16.gguf') as e: language.compile(merged, tolerance=0.99, num_threads=1)
     assert '\n' not in str(e.value) and not list(merged.path.glob('04-compile*'))
+
+
+def test_sixteen_bits_whose_scores_are_no_numbers_do_not_pass(merged, monkeypatch):
+    from edgenb import gguf, language
+    write = gguf.write_gguf
+    def nans(a): return np.frombuffer(np.full(a.nbytes//4, np.nan, np.float32).tobytes(), a.dtype).reshape(a.shape)
+    monkeypatch.setattr(gguf, 'write_gguf', lambda folder, path, prompt: rewritten(write(folder, path, prompt), path, {'output_norm.weight': nans}))   # 32-bit floats in every file
+    with pytest.raises(EdgenbError, match='no level holds. gguf-f16: its scores are not finite') as e: language.compile(merged, tolerance=0.98, num_threads=1)
+    assert '\n' not in str(e.value)
 
 
 def test_an_encoder_goes_the_same_way(read, tmp_path_factory):
