@@ -140,7 +140,7 @@ def squeezed(read, tiny):
     from edgenb.language import squeeze, tune
     run, card = read
     tune(run, model_name_or_path=str(tiny), instruction='Give the code.', max_tokens=96, num_train_epochs=4, learning_rate=5e-3, lora_r=8, lora_alpha=16, accept_gates=accepted(card), num_threads=1)
-    squeeze(run, levels=['f16', 'q8_0', 'q4_k_m'], importance=True, importance_notes=8, num_threads=1)
+    squeeze(run, levels=['f16', 'q8_0', 'q4_k_m', 'gptq'], importance=True, importance_notes=8, num_threads=1)
     return run
 
 
@@ -203,6 +203,21 @@ def test_corrections_come_back_as_notes_that_data_reads(shipped, source, tmp_pat
     again = Run(tmp_path/'again')
     card = data(again, source=source, extra=[str(new)], **READING)
     assert sum(card.result['splits']['train'].values()) >= sum(shipped.card('data').result['splits']['train'].values())
+
+
+def test_levels_for_gpus_are_made_where_they_can_be_and_end_no_run_elsewhere(squeezed, merged, monkeypatch):
+    from edgenb import handoff, language
+    told = squeezed.card('squeeze').result
+    assert told['precisions'] == ['f16', 'q8_0', 'q4_k_m'] and told['skipped'] == ({'gptq': handoff.gpu_missing()} if handoff.gpu_missing() else {})
+    def made(folder, out, method, texts):
+        if method == 'gptq': raise RuntimeError('CUDA error: out of memory\nat line 3')
+        (out.mkdir(), (out/'config.json').write_text(method))
+        assert (folder/'config.json').exists() and all(t.startswith('<|im_start|>') and t.endswith('<|im_end|>') for t in texts)
+    monkeypatch.setattr(handoff, 'gpu_missing', lambda: ''); monkeypatch.setattr(handoff, 'gpu_quantize', made)
+    for p in merged.path.glob('03-squeeze*'): p.unlink()
+    told = language.squeeze(merged, levels=['q8_0', 'awq', 'gptq'], num_threads=1).result     # asked again, since now it can
+    assert merged.file('squeeze', 'awq/config.json').read_text() == 'awq' and told['skipped'] == {'gptq': 'LLM Compressor could not: CUDA error: out of memory'}
+    with pytest.raises(EdgenbError, match='at least one level of GGUF'): language.squeeze(merged, levels=['awq'], num_threads=1)
 
 
 @pytest.fixture
