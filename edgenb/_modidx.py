@@ -955,6 +955,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'edgenb.recipes.icd.coding_row': ('recipes/icd.html#coding_row', 'edgenb/recipes/icd.py'),
                                     'edgenb.recipes.icd.coding_table': ('recipes/icd.html#coding_table', 'edgenb/recipes/icd.py'),
                                     'edgenb.recipes.icd.ladder_table': ('recipes/icd.html#ladder_table', 'edgenb/recipes/icd.py'),
+                                    'edgenb.recipes.icd.source_table': ('recipes/icd.html#source_table', 'edgenb/recipes/icd.py'),
                                     'edgenb.recipes.icd.verdict': ('recipes/icd.html#verdict', 'edgenb/recipes/icd.py'),
                                     'edgenb.recipes.icd.within_memory': ('recipes/icd.html#within_memory', 'edgenb/recipes/icd.py')},
             'edgenb.recipes.substation': { 'edgenb.recipes.substation.Watcher': ( 'recipes/substation.html#watcher',
