@@ -297,6 +297,32 @@ def test_a_patient_whom_the_source_puts_on_both_sides_fails_the_gate(tmp_path):
     assert 'leakage' in accepted(data(run, source=str(save_notes(both, tmp_path/'v.jsonl')), **READING))
 
 
+LM, ENCODER = ([dict(artifact=a, runtime=r, value=v, delta_low=-0.01, size_mb=mb, p95_ms=ms, verdict=said, reason='a reason') for a, r, v, mb, ms, said in rows] for rows in (
+    [('reference', 'torch', 0.9, 538, 900, ''), ('gguf-f16', 'gguf', 0.9, 270, 400, 'pass'), ('gguf-q8_0', 'gguf', 0.9, 135, 300, 'pass'), ('gguf-q3_k_s', 'gguf', 0.5, 88, 200, 'fail'), ('gguf-base', 'gguf', 0.0, 270, 400, 'fail')],
+    [('reference', 'torch', 0.9, 91, 20, ''), ('onnxruntime-fp32', 'onnxruntime', 0.9, 90, 9, 'pass'), ('onnxruntime-int8', 'onnxruntime', 0.9, 22.5, 4, 'pass')]))
+
+
+def test_the_verdict_speaks_of_the_family_that_ships():
+    from edgenb.recipes.icd import verdict
+    right = {'language model': np.arange(100) < 99, 'encoder': np.arange(100) < 50}
+    said = verdict('encoder', ENCODER, 'onnxruntime-int8', 0.05, right, 'synthetic')
+    assert said.startswith('The encoder as onnxruntime-int8 (22 MB, 4.0 times smaller than onnxruntime-fp32) may ship') and 'gguf' not in said and 'not reached by the encoder' in said
+    said = verdict('language model', LM, 'gguf-q8_0', 0.05, right, 'synthetic')
+    assert said.startswith('The language model as gguf-q8_0 (135 MB, 2.0 times smaller than gguf-f16) may ship') and 'Refused: gguf-q3_k_s.' in said and ' reached by the language model' in said and 'not reached' not in said
+    assert verdict('encoder', ENCODER, None, 0.05, right, 'synthetic').startswith('No file of the encoder may ship. onnxruntime-fp32: a reason.')
+
+
+def test_a_family_is_better_where_the_same_notes_say_so():
+    from edgenb.recipes.icd import verdict
+    from edgenb.verify import rate_interval
+    nested = {'language model': np.arange(200) < 170, 'encoder': np.arange(200) < 160}                      # right wherever the encoder is, and ten times more
+    crossed = {'language model': np.arange(200) < 170, 'encoder': (np.arange(200) < 145) | (np.arange(200) >= 185)}   # as many of each; 25 times one, 15 times the other
+    assert [int(h.sum()) for h in crossed.values()] == [int(h.sum()) for h in nested.values()] and rate_interval(170, 200)[0] < rate_interval(160, 200)[1]
+    for ships, rows, chosen in (('language model', LM, 'gguf-q8_0'), ('encoder', ENCODER, 'onnxruntime-int8')):
+        assert 'the language model is the better coder here' in verdict(ships, rows, chosen, 0.05, nested, 'synthetic')
+        assert 'neither is proven better' in verdict(ships, rows, chosen, 0.05, crossed, 'synthetic')
+
+
 def test_every_module_of_the_recipes_can_be_imported():
     import importlib
     for p in (Path(__file__).parents[1]/'edgenb'/'recipes').glob('[a-z]*.py'): importlib.import_module(f'edgenb.recipes.{p.stem}')

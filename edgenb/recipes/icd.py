@@ -82,20 +82,28 @@ def coding_table(rows: list) -> str:
     return '\n'.join(['| model | ' + ' | '.join(columns) + ' |', '|---|' + '---|'*len(columns), *(f"| {r['model']} | " + ' | '.join(cell(r.get(c)) for c in columns) + ' |' for r in rows)])
 
 # %% ../../nbs/recipes/icd.ipynb #469b7ce2
-def verdict(rows: list, chosen: str | None, tolerance: float, comparison: list, data_kind: str) -> str:
+def verdict(ships: str,           # the family that is packed: 'language model' or 'encoder'
+            rows: list, chosen: str | None,   # of its `verify`
+            tolerance: float,
+            right: dict,          # family -> bool (n,): as it would ship it names the primary code, on the same test notes
+            data_kind: str) -> str:
     "What the reports mean, for the person who has to decide."
-    if chosen is None: return 'No file of the language model may ship. ' + ' '.join(f"{r['artifact']}: {r['reason']}." for r in rows if r['runtime'] != 'torch' and r['artifact'] != 'gguf-base')
-    r, f16 = next(r for r in rows if r['artifact'] == chosen), next((r for r in rows if r['artifact'] == 'gguf-f16'), None)
+    from edgenb.ranking import paired_difference
+    from edgenb.verify import rate_interval
+    built = [r for r in rows if r['runtime'] != 'torch' and r['artifact'] != 'gguf-base']
+    if chosen is None: return f'No file of the {ships} may ship. ' + ' '.join(f"{r['artifact']}: {r['reason']}." for r in built)
+    r, wide = next(r for r in rows if r['artifact'] == chosen), next((r for r in rows if r['artifact'] in ('gguf-f16', 'onnxruntime-fp32')), None)
     if r['value'] is None: return f"{chosen} was built but could not be run here: {r['reason']}."
-    refused = [x['artifact'] for x in rows if x['runtime'] != 'torch' and x['verdict'] == 'fail' and x['artifact'] != 'gguf-base']
-    tops = {c['model'].split(',')[0]: c for c in comparison[1::2]}
-    said = [f"{chosen} ({r['size_mb']:.0f} MB" + (f", {f16['size_mb']/r['size_mb']:.1f} times smaller than 16 bits" if f16 and f16 is not r else '') + f") {'may ship' if r['verdict'] == 'pass' else 'is ' + r['verdict']}: "
+    said = [f"The {ships} as {chosen} ({r['size_mb']:.0f} MB" + (f", {wide['size_mb']/r['size_mb']:.1f} times smaller than {wide['artifact']}" if wide and wide is not r else '') + f") {'may ship' if r['verdict'] == 'pass' else 'is ' + r['verdict']}: "
             f"against the model that was tuned it loses at most {max(0, -r['delta_low']):.1%} of the primary codes (tolerance {tolerance:.1%}), in {r['p95_ms']:.0f} ms a note at the 95th percentile."]
-    if refused: said.append(f"Refused: {', '.join(refused)}.")
-    if len(tops) == 2:
-        lm, encoder = tops['language model']['top-1'], tops['encoder']['top-1']
-        better = 'The encoder is the better choice here' if encoder[1] > lm[2] else 'The language model is the better choice here' if lm[1] > encoder[2] else 'Neither is proven better than the other'
-        said.append(f"As shipped, the language model names {lm[0]:.1%} [{lm[1]:.1%}, {lm[2]:.1%}] of the primary codes of {data_kind} test notes, the encoder {encoder[0]:.1%} [{encoder[1]:.1%}, {encoder[2]:.1%}]. {better}.")
-        top = max(lm, encoder)
-        said.append(f"The {TARGETS['primary code']:.0%} that is stated for this task is {'reached' if top[1] >= TARGETS['primary code'] else 'not reached' if top[2] < TARGETS['primary code'] else 'neither reached nor missed for certain'}; it was stated for other notes and a larger model.")
+    if refused := [x['artifact'] for x in built if x['verdict'] == 'fail']: said.append(f"Refused: {', '.join(refused)}.")
+    rates = {family: (np.mean(hit), *rate_interval(int(np.sum(hit)), len(hit))) for family, hit in right.items()}
+    said.append('As shipped, ' + ', '.join(f'the {f} names {v:.1%} [{low:.1%}, {high:.1%}]' for f, (v, low, high) in rates.items()) + f' of the primary codes of {data_kind} test notes.')
+    for other in [f for f in right if f != ships]:
+        d = paired_difference(lambda _, hit: float(np.mean(hit)), right[ships], right[ships], right[other])
+        low, high = d['interval']
+        better = f'the {ships} is the better coder here' if low > 0 else f'the {other} is the better coder here' if high < 0 else 'neither is proven better than the other'
+        said.append(f"On the same notes the {ships} is right {100*d['difference']:+.1f} points [{100*low:+.1f}, {100*high:+.1f}] beside the {other}: {better}.")
+    _, low, high = rates[ships]
+    said.append(f"The {TARGETS['primary code']:.0%} that is stated for this task is {'reached' if low >= TARGETS['primary code'] else 'not reached' if high < TARGETS['primary code'] else 'neither reached nor missed for certain'} by the {ships}; it was stated for other notes and a larger model.")
     return ' '.join(said)
