@@ -420,7 +420,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'edgenb.encoder.NoteEncoder.example': ('encoder.html#noteencoder.example', 'edgenb/encoder.py'),
                                 'edgenb.encoder.NoteEncoder.forward': ('encoder.html#noteencoder.forward', 'edgenb/encoder.py'),
                                 'edgenb.encoder._outside': ('encoder.html#_outside', 'edgenb/encoder.py'),
-                                'edgenb.encoder.batches': ('encoder.html#batches', 'edgenb/encoder.py'),
+                                'edgenb.encoder.begin': ('encoder.html#begin', 'edgenb/encoder.py'),
                                 'edgenb.encoder.code_targets': ('encoder.html#code_targets', 'edgenb/encoder.py'),
                                 'edgenb.encoder.codes_of': ('encoder.html#codes_of', 'edgenb/encoder.py'),
                                 'edgenb.encoder.encoder_folder': ('encoder.html#encoder_folder', 'edgenb/encoder.py'),

@@ -10,7 +10,6 @@ __all__ = ['ASKED', 'with_list', 'callable_of', 'prompt_of_run', 'tuned_callable
 import json, shutil
 from pathlib import Path
 import numpy as np
-from .certificate import require
 from .core import EdgenbError, did_you_mean, progress, room, within, write_atomic, write_json
 from .data import examples_of
 from .lm import Prompt, base_folder, lm_callable, load_base, load_tokenizer, make_prompt, token_logprobs
@@ -72,15 +71,11 @@ def tune(run,
          accept_gates: list = [],            # failing gates of the data certificate that are accepted
          num_threads: int = 2, seed: int = 0):
     "Adapt a language model to the clinic's codes, and calibrate it. Leaves adapter/, model.safetensors (the adapter's weights), network.json and pipeline.json."
-    import torch
     from edgenb.codes import lookup
-    from edgenb.encoder import temperature_of
+    from edgenb.encoder import begin, temperature_of
     from edgenb.lora import train
-    within('tune', 1, None, num_train_epochs=num_train_epochs, batch_size=batch_size, patience=patience, num_threads=num_threads, lora_r=lora_r, lora_alpha=lora_alpha)
-    within('tune', 16, 4096, max_tokens=max_tokens); within('tune', 0, 1, learning_rate=learning_rate, threshold=threshold)
-    facts = run.card('data').result
-    overridden, classes = require(facts['certificate'], accept_gates), facts['classes']
-    torch.set_num_threads(num_threads)
+    within('tune', 16, 4096, max_tokens=max_tokens)
+    classes, overridden = begin(run, accept_gates, num_threads, learning_rate, threshold, num_train_epochs=num_train_epochs, batch_size=batch_size, patience=patience, lora_r=lora_r, lora_alpha=lora_alpha)
     tokenizer = load_tokenizer(base_folder(model_name_or_path))
     told = with_list(classes, {c: lookup(c).description for c in classes}) if list_codes else instruction
     prompt, pipeline = make_prompt(tokenizer, told, classes, max_tokens=max_tokens), text_pipeline(classes, max_characters=40*max_tokens, threshold=threshold, sections=sections)

@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 from edgenb.core import EdgenbError, Run
 from edgenb.notes import Code, Note, primary, save_notes
-from toylm import rewritten
+from toylm import CHATML, rewritten, tiny_llama
 
 torch, _, _ = pytest.importorskip('torch'), pytest.importorskip('presidio_analyzer'), pytest.importorskip('peft')
 CANARY = 'zebrafinch'   # a word that stands in every note, and must stand nowhere but in the frozen notes
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 SAID = {'E11.9': ['T2DM, A1c 8.1', 'sugars high, on metformin'], 'J45.909': ['asthma, wheezing', 'SOB, uses inhaler'], 'I10': ['HTN, on lisinopril', 'BP up, no meds']}
 
 
@@ -100,18 +98,8 @@ def test_a_long_note_is_judged_as_one(tmp_path):
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
-    "A folder with a random Llama of two layers, whose rows are no multiple of 256."
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    folder = tmp_path_factory.mktemp('tiny')/'base'
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator([n.text for n in visits()], trainers.BpeTrainer(vocab_size=400, special_tokens=['<|im_start|>', '<|im_end|>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-                                 initializer_range=0.1, max_position_embeddings=1024)).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<|im_end|>', pad_token='<|im_end|>', chat_template=CHATML).save_pretrained(folder)
-    return folder
+    "Its rows are no multiple of 256."
+    return tiny_llama(tmp_path_factory.mktemp('tiny')/'base', [n.text for n in visits()], 400, hidden_size=96, intermediate_size=256, max_position_embeddings=1024)
 
 
 def test_tuning_what_is_no_language_model_is_one_line(read, tiny, tmp_path, monkeypatch):
