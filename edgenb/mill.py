@@ -132,7 +132,8 @@ def run_recipe(name: str,                    # of a recipe, or the path of a not
     from papermill import PapermillExecutionError, execute_notebook
     out = run.path/f'{path.stem}.ipynb'
     try:
-        with file_errors(out), _Aloud() if progress else contextlib.nullcontext(): execute_notebook(str(path), str(out), values, progress_bar=progress, log_output=log_output, prepare_only=prepare_only, cwd=os.getcwd())
+        with file_errors(out), _Aloud() if progress else contextlib.nullcontext():
+            execute_notebook(str(path), str(out), values, progress_bar=progress, log_output=log_output, prepare_only=prepare_only, cwd=os.getcwd(), store_widget_state=False)   # nobody moves a bar again; what it said last stays as text
     except PapermillExecutionError as e:
         said = e.evalue.splitlines()[0] if e.evalue else ''
         if e.ename == 'EdgenbError': raise EdgenbError(f'{e.evalue} (cell {e.cell_index + 1} of {out})') from None

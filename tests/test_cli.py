@@ -73,6 +73,18 @@ def test_an_error_in_a_room_is_one_line_and_keeps_the_notebook(tmp_path):
     assert (tmp_path/'run'/'wafer.ipynb').exists() and not list((tmp_path/'run').glob('01-*'))
 
 
+def test_a_batch_run_keeps_what_widgets_say_as_text_and_not_their_state(tmp_path):
+    import nbformat
+    source = "from IPython.display import HTML, display\nfrom tqdm.notebook import tqdm\nfor _ in tqdm(range(3), desc='weighing'): pass\ndisplay(HTML('<b>a table</b>'))"
+    cells = [nbformat.v4.new_code_cell("output_dir: str = ''  # of this run", metadata={'tags': ['parameters']}), nbformat.v4.new_code_cell(source)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}}), tmp_path/'bars.ipynb')
+    done = call('run', tmp_path/'bars.ipynb', '-p', 'output_dir', tmp_path/'run')
+    assert done.returncode == 0, done.stderr
+    notebook = nbformat.read(tmp_path/'run'/'bars.ipynb', 4)
+    shown = [o.data for o in notebook.cells[-1].outputs if 'data' in o]
+    assert 'widgets' not in notebook.metadata and any('weighing' in d['text/plain'] for d in shown) and shown[-1]['text/html'] == '<b>a table</b>'
+
+
 def test_the_workspace_settings_decide_where_runs_go(tmp_path):
     (tmp_path/'settings.ini').write_text('[runs]\nfolder = elsewhere\n')
     done = call('run', root/'nbs'/'recipes'/'wafer.ipynb', '--prepare-only', cwd=tmp_path)

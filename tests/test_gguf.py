@@ -12,6 +12,7 @@ torch = pytest.importorskip('torch', reason='torch is not installed')
 from edgenb import gguf, handoff, kquants   # noqa: E402
 from edgenb.gguf import check_gguf, read_header, write_gguf   # noqa: E402
 from edgenb.lm import Prompt   # noqa: E402
+from toylm import rewritten   # noqa: E402
 
 CHATML = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou code notes.<|im_end|>\n' }}{% endif %}"
           "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -425,6 +426,16 @@ def test_a_template_that_says_something_else_is_caught(template, words, made, tm
     said = refused(lambda: handoff.same_rendering(made[1], write_gguf(to, tmp_path/'other.gguf')), 'other.gguf', *words)
     assert refused(lambda: handoff.same_rendering(to, made[0])) and said
     assert handoff.same_rendering(made[0], made[1]) == len(handoff.PROBES)
+
+
+def test_a_template_changed_in_a_file_alone_is_caught_by_digest_and_by_rendering(tmp_path):
+    from edgenb.llama import random_model
+    plain = random_model(tmp_path/'plain.gguf')
+    told, lost = (rewritten(plain, tmp_path/f'{n}.gguf', tokenizer__chat_template=t) for n, t in (('told', CHATML), ('lost', CHATML.replace("{{ '<|im_start|>' + message", "{% if message['role'] == 'system' %}{% continue %}{% endif %}{{ '<|im_start|>' + message"))))
+    assert contents(told) == contents(lost) == contents(plain)
+    assert [k for k, v in handoff.identity(told).items() if handoff.identity(lost)[k] != v] == ['template'] and handoff.same_rendering(told, told)
+    refused(lambda: handoff.same_rendering(told, lost), 'lost.gguf has lost its system turn')
+    refused(lambda: handoff.same_rendering(told, plain), 'plain.gguf')
 
 
 def test_rendering_is_that_of_transformers(made):

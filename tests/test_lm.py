@@ -6,13 +6,12 @@ from edgenb.core import EdgenbError
 from edgenb.lm import Prompt, answer_of, answer_tree, base_folder, divergence, encode, lm_callable, load_base, make_prompt, token_logprobs
 from edgenb.lora import METHODS, adapter_facts, batches, load_tuned, merge, train
 from edgenb.weights import bundled, cache_folder
+from toylm import CHATML, tiny_llama
 
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 torch = pytest.importorskip('torch')
 pytest.importorskip('peft')
 
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 SAID = {'E11.9': ['type 2 diabetes', 'T2DM on metformin'], 'J45.909': ['asthma, wheezing', 'SOB, uses inhaler'], 'E11': ['diabetes, no type', 'DM']}
 INSTRUCTION = 'Give the ICD-10-CM code of the note.'
 
@@ -24,18 +23,7 @@ def _one_thread():
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
-    "A folder with a random Llama of two layers and a tokenizer of 320 pieces."
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    folder = tmp_path_factory.mktemp('tiny')/'base'
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(sum(SAID.values(), []), trainers.BpeTrainer(vocab_size=320, special_tokens=['<|im_start|>', '<|im_end|>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-                                 initializer_range=0.1)).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<|im_end|>', pad_token='<|im_end|>', chat_template=CHATML).save_pretrained(folder)
-    return folder
+    return tiny_llama(tmp_path_factory.mktemp('tiny')/'base', sum(SAID.values(), []), 320)
 
 @pytest.fixture(scope='module')
 def notes():

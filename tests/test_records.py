@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from edgenb.core import EdgenbError, Run
 from edgenb.notes import Code, Note, primary, save_notes
+from toylm import CHATML, rewritten, tiny_llama
 
 torch, _, _ = pytest.importorskip('torch'), pytest.importorskip('presidio_analyzer'), pytest.importorskip('peft')
 CANARY = 'zebrafinch'   # a word that stands in every note, and must stand nowhere but in the frozen notes
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 SAID = {'E11.9': ['T2DM, A1c 8.1', 'sugars high, on metformin'], 'J45.909': ['asthma, wheezing', 'SOB, uses inhaler'], 'I10': ['HTN, on lisinopril', 'BP up, no meds']}
 
 
@@ -106,18 +105,22 @@ def test_a_long_note_is_judged_as_one(tmp_path):
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
-    "A folder with a random Llama of two layers, whose rows are no multiple of 256."
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    folder = tmp_path_factory.mktemp('tiny')/'base'
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator([n.text for n in visits()], trainers.BpeTrainer(vocab_size=400, special_tokens=['<|im_start|>', '<|im_end|>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-                                 initializer_range=0.1, max_position_embeddings=1024)).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<|im_end|>', pad_token='<|im_end|>', chat_template=CHATML).save_pretrained(folder)
-    return folder
+    "Its rows are no multiple of 256."
+    return tiny_llama(tmp_path_factory.mktemp('tiny')/'base', [n.text for n in visits()], 400, hidden_size=96, intermediate_size=256, max_position_embeddings=1024)
+
+
+def test_tuning_what_is_no_language_model_is_one_line(read, tiny, tmp_path, monkeypatch):
+    import huggingface_hub, shutil
+    from edgenb.language import tune
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    mute, torn = (shutil.copytree(tiny, tmp_path/n) for n in ('mute', 'torn'))
+    (mute/'tokenizer.json').unlink(); (torn/'tokenizer.json').write_text('[]')
+    for name, why in ((mute, 'mute holds no tokenizer'), (torn, 'torn holds no tokenizer'), ('nobody/nothing', 'nobody/nothing is neither a folder here nor a model'), ('bundled:smollm3', 'bundled')):
+        run = Run(tmp_path/f'run-{Path(str(name)).name}', pool=read[0].pool)
+        run.path.mkdir()
+        for p in read[0].path.glob('01-data*'): (run.path/p.name).symlink_to(p)
+        with pytest.raises(EdgenbError, match=why) as e: tune(run, model_name_or_path=str(name), accept_gates=accepted(read[1]), num_threads=1)
+        assert '\n' not in str(e.value) and not list(run.path.glob('02-tune*'))
 
 
 def ready_or_skip():
@@ -126,23 +129,30 @@ def ready_or_skip():
 
 
 @pytest.fixture(scope='module')
-def shipped(read, tiny):
-    "The whole loop with the tiny language model."
+def squeezed(read, tiny):
+    "The tiny language model, tuned and merged."
     ready_or_skip()
-    from edgenb.language import compile, squeeze, tune
+    from edgenb.language import squeeze, tune
+    run, card = read
+    tune(run, model_name_or_path=str(tiny), instruction='Give the code.', max_tokens=96, num_train_epochs=4, learning_rate=5e-3, lora_r=8, lora_alpha=16, accept_gates=accepted(card), num_threads=1)
+    squeeze(run, levels=['f16', 'q8_0', 'q4_k_m', 'gptq'], importance=True, importance_notes=8, num_threads=1)
+    return run
+
+
+@pytest.fixture(scope='module')
+def shipped(squeezed):
+    "The whole loop with it."
+    from edgenb.language import compile
     from edgenb.records import learn
     from edgenb.ship import ship
     from edgenb.verify import verify
     from edgenb.watch import watch
-    run, card = read
-    tune(run, model_name_or_path=str(tiny), instruction='Give the code.', max_tokens=96, num_train_epochs=4, learning_rate=5e-3, lora_r=8, lora_alpha=16, accept_gates=accepted(card), num_threads=1)
-    squeeze(run, levels=['f16', 'q8_0', 'q4_k_m'], importance=True, importance_notes=8, num_threads=1)
-    compile(run, tolerance=1.0, num_threads=1)
-    verify(run, tolerance=0.5, latency_budget_ms=10_000, timing_runs=5)
-    ship(run, accept=['undecided'])
-    watch(run, shifts=['capitals'], window=10)
-    learn(run, budget=4)
-    return run
+    compile(squeezed, tolerance=1.0, num_threads=1)
+    verify(squeezed, tolerance=0.5, latency_budget_ms=10_000, timing_runs=5)
+    ship(squeezed, accept=['undecided'])
+    watch(squeezed, shifts=['capitals'], window=10)
+    learn(squeezed, budget=4)
+    return squeezed
 
 
 def test_every_hop_of_a_language_model_is_judged(shipped):
@@ -224,20 +234,63 @@ def test_the_card_has_every_action_and_names_no_note(shipped, tmp_path):
     assert not re.search(f'Marlowe|{CANARY}', card.read_text())
 
 
-def test_a_template_that_lost_its_system_turn_does_not_pass(shipped, tmp_path, monkeypatch):
+def test_levels_for_gpus_are_made_where_they_can_be_and_end_no_run_elsewhere(squeezed, merged, monkeypatch):
     from edgenb import handoff, language
-    lost = handoff._fields_of
-    def without(of):
-        fields = dict(lost(of))
-        if str(of).endswith('.gguf'):
-            kind, item, template = fields['tokenizer.chat_template']
-            fields['tokenizer.chat_template'] = (kind, item, template.replace('{% for m in messages %}', "{% for m in messages if m['role'] != 'system' %}"))
-        return fields
-    monkeypatch.setattr(handoff, '_fields_of', without)
-    run = Run(tmp_path/'run', pool=shipped.pool)
+    told = squeezed.card('squeeze').result
+    assert told['precisions'] == ['f16', 'q8_0', 'q4_k_m'] and told['skipped'] == ({'gptq': handoff.gpu_missing()} if handoff.gpu_missing() else {})
+    def made(folder, out, method, texts):
+        if method == 'gptq': raise RuntimeError('CUDA error: out of memory\nat line 3')
+        (out.mkdir(), (out/'config.json').write_text(method))
+        assert (folder/'config.json').exists() and all(t.startswith('<|im_start|>') and t.endswith('<|im_end|>') for t in texts)
+    monkeypatch.setattr(handoff, 'gpu_missing', lambda: ''); monkeypatch.setattr(handoff, 'gpu_quantize', made)
+    for p in merged.path.glob('03-squeeze*'): p.unlink()
+    told = language.squeeze(merged, levels=['q8_0', 'awq', 'gptq'], num_threads=1).result     # asked again, since now it can
+    assert merged.file('squeeze', 'awq/config.json').read_text() == 'awq' and told['skipped'] == {'gptq': 'LLM Compressor could not: CUDA error: out of memory'}
+    with pytest.raises(EdgenbError, match='at least one level of GGUF'): language.squeeze(merged, levels=['awq'], num_threads=1)
+
+
+@pytest.fixture
+def merged(squeezed, tmp_path):
+    "A run as `squeeze` left it."
+    run = Run(tmp_path/'run', pool=squeezed.pool)
+    run.path.mkdir()
     for name in ('01-data', '02-tune', '03-squeeze'):
-        for p in shipped.path.glob(f'{name}*'): (run.path/p.name).symlink_to(p) if run.path.exists() else (run.path.mkdir(parents=True), (run.path/p.name).symlink_to(p))
-    with pytest.raises(EdgenbError, match='template'): language.compile(run, tolerance=0.99, num_threads=1)
+        for p in squeezed.path.glob(f'{name}*'): (run.path/p.name).symlink_to(p)
+    return run
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda t: t.replace('{% for m in messages %}', "{% for m in messages if m['role'] != 'system' %}"), 'lost its system turn: in a conversation with a system turn'),
+    (lambda t: t + '{# another #}', 'template of the GGUF file is not that of the merged model')], ids=['rendered otherwise', 'rendered alike'])
+def test_a_file_whose_template_changed_on_the_way_does_not_pass(change, words, merged, monkeypatch):
+    from edgenb import gguf, language
+    write = gguf.write_gguf
+    def converted(folder, path, prompt): return rewritten(write(folder, path, prompt), path, tokenizer__chat_template=change(CHATML))
+    monkeypatch.setattr(gguf, 'write_gguf', converted)
+    with pytest.raises(EdgenbError, match=words) as e: language.compile(merged, tolerance=0.99, num_threads=1)
+    assert '\n' not in str(e.value) and not list(merged.path.glob('04-compile*'))
+
+
+@pytest.mark.parametrize('kept', [0.0, 0.01, 0.3, 0.9, 0.999])
+def test_a_file_cut_short_on_the_way_does_not_pass(kept, merged, monkeypatch):
+    from edgenb import gguf, language
+    write = gguf.write_gguf
+    def converted(folder, path, prompt):
+        whole = write(folder, path, prompt).read_bytes()
+        path.write_bytes(whole[:int(kept*len(whole))])
+        return path
+    monkeypatch.setattr(gguf, 'write_gguf', converted)
+    with pytest.raises(EdgenbError, match='gguf-f16.gguf') as e: language.compile(merged, tolerance=0.99, num_threads=1)
+    assert '\n' not in str(e.value) and not list(merged.path.glob('04-compile*'))
+
+
+def test_sixteen_bits_whose_scores_are_no_numbers_do_not_pass(merged, monkeypatch):
+    from edgenb import gguf, language
+    write = gguf.write_gguf
+    def nans(a): return np.frombuffer(np.full(a.nbytes//4, np.nan, np.float32).tobytes(), a.dtype).reshape(a.shape)
+    monkeypatch.setattr(gguf, 'write_gguf', lambda folder, path, prompt: rewritten(write(folder, path, prompt), path, {'output_norm.weight': nans}))   # 32-bit floats in every file
+    with pytest.raises(EdgenbError, match='no level holds. gguf-f16: its scores are not finite') as e: language.compile(merged, tolerance=0.98, num_threads=1)
+    assert '\n' not in str(e.value)
 
 
 def test_an_encoder_goes_the_same_way(read, tmp_path_factory):
@@ -271,6 +324,32 @@ def test_a_patient_whom_the_source_puts_on_both_sides_fails_the_gate(tmp_path):
     both = [replace(n, split=('train', 'train', 'train', 'validation', 'test', 'train')[i % 6]) for i, n in enumerate(visits())]
     run = Run(tmp_path/'run')
     assert 'leakage' in accepted(data(run, source=str(save_notes(both, tmp_path/'v.jsonl')), **READING))
+
+
+LM, ENCODER = ([dict(artifact=a, runtime=r, value=v, delta_low=-0.01, size_mb=mb, p95_ms=ms, verdict=said, reason='a reason') for a, r, v, mb, ms, said in rows] for rows in (
+    [('reference', 'torch', 0.9, 538, 900, ''), ('gguf-f16', 'gguf', 0.9, 270, 400, 'pass'), ('gguf-q8_0', 'gguf', 0.9, 135, 300, 'pass'), ('gguf-q3_k_s', 'gguf', 0.5, 88, 200, 'fail'), ('gguf-base', 'gguf', 0.0, 270, 400, 'fail')],
+    [('reference', 'torch', 0.9, 91, 20, ''), ('onnxruntime-fp32', 'onnxruntime', 0.9, 90, 9, 'pass'), ('onnxruntime-int8', 'onnxruntime', 0.9, 22.5, 4, 'pass')]))
+
+
+def test_the_verdict_speaks_of_the_family_that_ships():
+    from edgenb.recipes.icd import verdict
+    right = {'language model': np.arange(100) < 99, 'encoder': np.arange(100) < 50}
+    said = verdict('encoder', ENCODER, 'onnxruntime-int8', 0.05, right, 'synthetic')
+    assert said.startswith('The encoder as onnxruntime-int8 (22 MB, 4.0 times smaller than onnxruntime-fp32) may ship') and 'gguf' not in said and 'not reached by the encoder' in said
+    said = verdict('language model', LM, 'gguf-q8_0', 0.05, right, 'synthetic')
+    assert said.startswith('The language model as gguf-q8_0 (135 MB, 2.0 times smaller than gguf-f16) may ship') and 'Refused: gguf-q3_k_s.' in said and ' reached by the language model' in said and 'not reached' not in said
+    assert verdict('encoder', ENCODER, None, 0.05, right, 'synthetic').startswith('No file of the encoder may ship. onnxruntime-fp32: a reason.')
+
+
+def test_a_family_is_better_where_the_same_notes_say_so():
+    from edgenb.recipes.icd import verdict
+    from edgenb.verify import rate_interval
+    nested = {'language model': np.arange(200) < 170, 'encoder': np.arange(200) < 160}                      # right wherever the encoder is, and ten times more
+    crossed = {'language model': np.arange(200) < 170, 'encoder': (np.arange(200) < 145) | (np.arange(200) >= 185)}   # as many of each; 25 times one, 15 times the other
+    assert [int(h.sum()) for h in crossed.values()] == [int(h.sum()) for h in nested.values()] and rate_interval(170, 200)[0] < rate_interval(160, 200)[1]
+    for ships, rows, chosen in (('language model', LM, 'gguf-q8_0'), ('encoder', ENCODER, 'onnxruntime-int8')):
+        assert 'the language model is the better coder here' in verdict(ships, rows, chosen, 0.05, nested, 'synthetic')
+        assert 'neither is proven better' in verdict(ships, rows, chosen, 0.05, crossed, 'synthetic')
 
 
 def test_every_module_of_the_recipes_can_be_imported():
