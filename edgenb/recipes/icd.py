@@ -45,14 +45,14 @@ def coded(probabilities: np.ndarray, classes, threshold: float) -> tuple:   # (r
 def best_threshold(probabilities: np.ndarray, classes, truth: list) -> float:
     "The threshold with the best micro-F1, on notes that are not for testing."
     from edgenb.ranking import micro_f1
-    return max((t/100 for t in range(2, 70, 2)), key=lambda t: micro_f1(truth, coded(probabilities, classes, t)[1])[2])
+    return max((t/100 for t in range(2, 90, 2)), key=lambda t: micro_f1(truth, coded(probabilities, classes, t)[1])[2])
 
-def coding_row(name: str, probabilities: np.ndarray, classes, primary: list, truth: list, threshold: float, unseen=None) -> dict:
-    "What one model's ranking is worth."
+def coding_row(name: str, probabilities: np.ndarray, classes, primary: list, truth: list, threshold: float, unseen=None, present=None) -> dict:
+    "What one model's ranking is worth; the set is what is `present`, where a model says that apart."
     from edgenb.codes import category3
     from edgenb.ranking import expected_calibration_error, interval, mean_average_precision, micro, top_k
     from edgenb.verify import rate_interval
-    ranked, sets = coded(probabilities, classes, threshold)
+    ranked, sets = coded(probabilities if present is None else present, classes, threshold)
     hit = top_k(primary, ranked, 1)
     found = {'model': name, 'top-1': (float(hit.mean()), *rate_interval(int(hit.sum()), len(hit))), 'top-5': (float(top_k(primary, ranked, 5).mean()),), '3 characters': (float(top_k(primary, ranked, 1, category3).mean()),),
              'MAP': (mean_average_precision(truth, ranked), *interval(mean_average_precision, truth, ranked)), 'micro-F1': (micro(truth, sets), *interval(micro, truth, sets)),
