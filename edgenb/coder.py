@@ -130,7 +130,7 @@ class Suggestion:
     "A code for a note, as the model puts it."
     code: str
     description: str
-    confidence: float    # 0 to 1
+    confidence: float | None    # 0 to 1; None for a code that no model learnt (`edgenb.retrieval`)
     spans: tuple = ()    # of (start, end, weight): its evidence in the note
 
 def remembering(model):
@@ -276,7 +276,7 @@ def highlighted(text: str, spans) -> str:   # HTML
     edges = [0, *(np.flatnonzero(np.diff(inside[:-1])) + 1).tolist(), len(text)] if text else []
     return ''.join(f'<mark>{html.escape(text[b:e])}</mark>' if inside[b] else html.escape(text[b:e]) for b, e in zip(edges, edges[1:]))
 
-def _bar(confidence): return f'<span style="display:inline-block;width:8em;background:#ddd"><span style="display:block;height:.7em;width:{min(max(confidence, 0), 1):.0%};background:#2166ac"></span></span> {confidence:.0%}'
+def _bar(confidence): return 'not learnt' if confidence is None else f'<span style="display:inline-block;width:8em;background:#ddd"><span style="display:block;height:.7em;width:{min(max(confidence, 0), 1):.0%};background:#2166ac"></span></span> {confidence:.0%}'
 
 def review_table(notes: list, suggestions: list, decisions: Decisions | None = None,
                  show_text: bool = False   # with the notes themselves: for synthetic ones only

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'BEFORE', 'AFTER', 'FORMAT', 'decode', 'resize', 'to_tensor', 'row_bytes', 'input_bytes', 'filled',
-           'window', 'text', 'sections', 'tokens', 'softmax', 'decide', 'rank', 'Pipeline', 'text_pipeline',
+           'window', 'text', 'sections', 'tokens', 'softmax', 'sigmoid', 'decide', 'rank', 'Pipeline', 'text_pipeline',
            'image_pipeline']
 
 # %% ../nbs/11_pipeline.ipynb #e685c4b7
@@ -155,6 +155,12 @@ def softmax(state: dict,
     e = np.exp(z - z.max(-1, keepdims=True))
     return state | {'probabilities': e/e.sum(-1, keepdims=True)}
 
+def sigmoid(state: dict,
+            slope: float = 1.0, offset: float = 0.0   # of the line through the logits that makes them log odds
+           ) -> dict:
+    "Where several classes may be true at once: for each, how probable it is that it is (n, classes). The order is that of the logits."
+    return state | {'present': 1/(1 + np.exp(-np.clip(slope*np.asarray(state['logits'], np.float64) + offset, -60, 60)))}
+
 def decide(state: dict,
            negative: int = 0,           # index of the class that is accepted
            threshold: float = 0.5,      # at or above it: rejected
@@ -177,7 +183,7 @@ def rank(state: dict,
 
 # %% ../nbs/11_pipeline.ipynb #3633f29a
 BEFORE = {'decode': (1, decode), 'resize': (1, resize), 'to_tensor': (1, to_tensor), 'window': (1, window), 'text': (1, text), 'sections': (1, sections), 'tokens': (1, tokens)}
-AFTER = {'softmax': (1, softmax), 'decide': (1, decide), 'rank': (1, rank)}
+AFTER = {'softmax': (1, softmax), 'sigmoid': (1, sigmoid), 'decide': (1, decide), 'rank': (1, rank)}
 FORMAT = 1   # of pipeline.json
 
 @dataclass(frozen=True)
@@ -215,7 +221,7 @@ class Pipeline:
         return len(_tokenizer(step['tokenizer']).encode(self.before(note.encode(), stop='tokens')).ids) <= step['length']
 
     def after(self, outputs: dict   # the model's outputs: 'logits' (n, classes) and what else it gives
-             ) -> dict:             # adds 'probabilities', 'score', 'label', 'decision'
+             ) -> dict:             # adds 'probabilities', 'score', 'label', 'decision'; 'present' where several classes may be true
         "Run the steps after the model."
         for name, parameters in self._part(after=True): outputs = AFTER[name][1](outputs, **parameters)
         return outputs
@@ -269,11 +275,12 @@ class Pipeline:
 def text_pipeline(classes: list,                              # in the order of the model's outputs
                   tokenizer: str = '', length: int = 0,       # of an encoder; a language model brings its own
                   max_characters: int = 20_000, threshold: float = 0.5,
-                  sections: list = []                         # that are read; []: the whole note
+                  sections: list = [],                        # that are read; []: the whole note
+                  several: bool = False                       # the model also says which classes are there besides
                  ) -> Pipeline:
     "The pipeline of a model that says which class a note is of."
     steps = [{'step': 'text', 'max_characters': max_characters}, *([{'step': 'sections', 'names': list(sections)}] if sections else []), *([{'step': 'tokens', 'tokenizer': tokenizer, 'length': length, 'pad': 0}] if tokenizer else []), {'step': 'model'},
-             {'step': 'softmax', 'temperature': 1.0, 'bias': None}, {'step': 'rank', 'threshold': threshold}]
+             {'step': 'softmax', 'temperature': 1.0, 'bias': None}, *([{'step': 'sigmoid', 'slope': 1.0, 'offset': 0.0}] if several else []), {'step': 'rank', 'threshold': threshold}]
     return Pipeline(tuple({'step': s.pop('step'), 'version': 1, **s} for s in steps), tuple(classes))
 
 # %% ../nbs/11_pipeline.ipynb #dd68c208

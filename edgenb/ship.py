@@ -36,10 +36,10 @@ class Bundle:
         "The pipeline's answer for images (paths, bytes or uint8 arrays): arrays of 'score', 'label', 'decision', 'embedding', ..."
         return self.pipeline(images, self.model)
 
-    def predict(self, images: list) -> list:   # of {'decision', 'label', 'score'}, one an image; where no class is the accepted one also 'codes', the five most probable with their probabilities
+    def predict(self, images: list) -> list:   # of {'decision', 'label', 'score'}, one an image; where no class is the accepted one also 'codes', the five most probable with their probabilities (where several may be true: of being there)
         "Decide on images, windows or notes."
         a = self.answer(images)
-        if self.pipeline.negative < 0: more = [{'codes': [[self.pipeline.classes[i], round(float(p[i]), 6)] for i in np.argsort(-p, kind='stable')[:5]]} for p in a['probabilities']]
+        if self.pipeline.negative < 0: more = [{'codes': [[self.pipeline.classes[i], round(float(p[i]), 6)] for i in np.argsort(-p, kind='stable')[:5]]} for p in a.get('present', a['probabilities'])]
         else: more = [{}]*len(images)
         return [{'decision': str(d), 'label': self.pipeline.classes[l], 'score': round(float(s), 6)} | m for d, l, s, m in zip(a['decision'], a['label'], a['score'], more)]
 

@@ -250,9 +250,10 @@ def language(models: dict, built: list, pipeline, tests: list, num_threads: int 
     return finite(found)
 
 def over_units(answer: dict, units: list) -> dict:
-    "The answer for each unit: the largest score of its examples, and the label that goes with it."
+    "The answer for each unit: the largest score of its examples, and the label that goes with it; a class that may be true beside others is present where any example says so."
     at = [u.first + int(np.argmax(answer['score'][u.first:u.last])) for u in units]
-    return {k: v if k == 'negative' else np.asarray(v)[at] for k, v in answer.items() if k in ('score', 'label', 'negative', 'probabilities')}
+    some = {'present': np.stack([np.max(answer['present'][u.first:u.last], axis=0) for u in units])} if 'present' in answer else {}
+    return {k: v if k == 'negative' else np.asarray(v)[at] for k, v in answer.items() if k in ('score', 'label', 'negative', 'probabilities')} | some
 
 def _loaded(artifact, num_threads=1):
     "An artifact's model, or the error that loading it ends in: that is a verdict on it, not on the others."
@@ -361,7 +362,7 @@ def verify(run,
     kept = {n: a for n, a in kept.items() if isinstance(a, dict)}
     write_json(run.new('parity.json'), {'rows': rows, 'images': len(subjects)})
     if subjects is not tests: np.savez(run.new('each.npz'), **{f'{n} score': a['score'] for n, a in each.items()})
-    np.savez(run.new('answers.npz'), y=y, **{f'{n} {k}': a[k] for n, a in kept.items() for k in ('score', 'label', *(['probabilities'] if negative < 0 else []))})
+    np.savez(run.new('answers.npz'), y=y, **{f'{n} {k}': a[k] for n, a in kept.items() for k in ('score', 'label', *(['probabilities'] if negative < 0 else []), *(['present'] if 'present' in a else []))})
     choice = choose(rows)
     return {'rows': rows, 'chosen': choice.artifact, 'why': choice.why, 'why_not': choice.why_not, 'front': choice.front, 'images': len(subjects), 'classes': list(pipeline.classes), 'negative': negative,
             'budget': {'device': device, 'latency_ms': latency_budget_ms, 'tolerance': tolerance}, 'overridden_gates': run.card('tune').result['overridden_gates'], 'by_group': by_group(subjects, y, kept, confidence)}
@@ -417,7 +418,7 @@ def load_scores(run) -> dict:   # artifact -> (n,)
     with np.load(run.file('verify', 'each.npz')) as z: return {k.rsplit(' ', 1)[0]: z[k] for k in z.files}
 
 def load_answers(run) -> tuple:
-    "(truth, {artifact: {'score', 'label'}}) of the test examples that `verify` judged; with 'probabilities' where no class is the accepted one."
+    "(truth, {artifact: {'score', 'label'}}) of the test examples that `verify` judged; with 'probabilities' where no class is the accepted one, 'present' where several may be true."
     with np.load(run.file('verify', 'answers.npz')) as z: z = {k: z[k] for k in z.files}
     found: dict = {}
     for k in z:

@@ -64,13 +64,14 @@ def threshold_for(probabilities: np.ndarray, classes, truth: list) -> float:
     return best_threshold(np.where(always, 1.0, probabilities).ravel(), np.array([[c in t for c in classes] for t in truth]).ravel(), sum(map(len, truth)))
 
 def coding_row(name: str, probabilities: np.ndarray, classes, primary: list, truth: list, threshold: float, unseen=None,
-               patients=None   # one a note: the intervals are over patients, where some have several notes
+               patients=None,   # one a note: the intervals are over patients, where some have several notes
+               present=None     # (n, classes): how probable each code is to be on the note, where a model says that apart from which is first
               ) -> dict:
     "What one model's ranking is worth."
     from edgenb.codes import category3
     from edgenb.ranking import expected_calibration_error, interval, mean_average_precision, micro, top_k
     from edgenb.verify import rate_interval
-    ranked, sets = coded(probabilities, classes, threshold)
+    ranked, sets = coded(probabilities if present is None else present, classes, threshold)
     hit = top_k(primary, ranked, 1)
     groups = patients if patients is not None and len(set(patients)) < len(patients) else None
     sure = lambda measure, *lists: interval(measure, *lists, groups=groups)
