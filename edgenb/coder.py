@@ -109,19 +109,19 @@ def reading(bundle,            # from `edgenb.ship.load_bundle`, of a model of n
 
 def windowed(model,         # texts (n,) -> {'logits'}
              cut            # text -> (start, end) of its windows
-            ):              # texts (n,) -> {'logits'}: logarithms of the likeliest window's probabilities; 'embedding': the mean, where the model gives one
+            ):              # texts (n,) -> {'logits'}: of each class those of the window where it is likeliest; 'embedding': the mean, where the model gives one
     "The model for notes of any length."
     def answer(texts):
         texts = texts['text'] if isinstance(texts, dict) else texts
         if empty := [i for i, t in enumerate(texts) if not str(t).strip()]: raise EdgenbError(f'windowed: {len(empty)} of {len(texts)} notes are empty, the first at place {empty[0]} (counted from 0): leave them out')
         parts = [[t[b:e] for b, e in cut(t)] for t in map(str, texts)]
         found = model(np.array([w for p in parts for w in p]))
-        z = np.asarray(found['logits'], np.float64)
-        z = z - z.max(1, keepdims=True)
+        logits, edges = np.asarray(found['logits'], np.float64), np.cumsum([0, *map(len, parts)])
+        z = logits - logits.max(1, keepdims=True)
         z = z - np.log(np.exp(z).sum(1, keepdims=True))
-        edges = np.cumsum([0, *map(len, parts)])
-        over = lambda values, how: np.stack([how(values[b:e], axis=0) for b, e in zip(edges, edges[1:])]).astype(np.float32)
-        return {'logits': over(z, np.max), **({'embedding': over(np.asarray(found['embedding']), np.mean)} if 'embedding' in found else {})}
+        telling = [np.take_along_axis(logits[b:e], z[b:e].argmax(0)[None], 0)[0] for b, e in zip(edges, edges[1:])]   # as they were, for the steps that read more than their order
+        means = {'embedding': np.stack([np.mean(found['embedding'][b:e], axis=0) for b, e in zip(edges, edges[1:])]).astype(np.float32)} if 'embedding' in found else {}
+        return {'logits': np.stack(telling).astype(np.float32), **means}
     return answer
 
 # %% ../nbs/46_coder.ipynb #ede1102a

@@ -151,7 +151,7 @@ def test_a_long_note_is_as_likely_a_code_as_its_most_telling_window():
     assert max(len(t.split()) for t in (long(np.array([text])), model.asked)[1]) <= 20
     z = long({'text': np.array([text, 'Has insulin.'])})['logits']
     assert z.dtype == np.float32 and z.argmax(1).tolist() == [2, 2] and z[0, 2] == pytest.approx(z[1, 2])
-    assert np.exp(z[1]) == pytest.approx(np.exp([0, 0, 2, 0])/np.exp([0, 0, 2, 0]).sum())
+    assert z[1] == pytest.approx([0, 0, 2, 0])   # as the model gave them: a step may read more than their order
     with pytest.raises(EdgenbError, match='1 of 2 notes are empty, the first at place 1'): long(np.array([text, ' \n']))
 
 
