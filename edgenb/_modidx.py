@@ -658,6 +658,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'edgenb.llama._Closed.__getattr__': ('llama.html#_closed.__getattr__', 'edgenb/llama.py'),
                               'edgenb.llama._ContextParams': ('llama.html#_contextparams', 'edgenb/llama.py'),
                               'edgenb.llama._ModelParams': ('llama.html#_modelparams', 'edgenb/llama.py'),
+                              'edgenb.llama._end_listening': ('llama.html#_end_listening', 'edgenb/llama.py'),
                               'edgenb.llama._listen': ('llama.html#_listen', 'edgenb/llama.py'),
                               'edgenb.llama._log_sum_exp': ('llama.html#_log_sum_exp', 'edgenb/llama.py'),
                               'edgenb.llama._made': ('llama.html#_made', 'edgenb/llama.py'),

@@ -102,6 +102,10 @@ _said: deque = deque(maxlen=20)   # what the library warned of lately
 def _listen(level, text, _):
     if level in (3, 4) and text: _said.append(text.decode(errors='replace').strip())
 
+def _end_listening(lib, _):
+    "The library is told not to call back. Until then the listener is kept, whoever forgets this module: a call to what is gone ends the process."
+    lib.llama_log_set(None, None)
+
 @functools.cache
 def library():
     "libllama of the wheel, once a process: its structures verified, its processor backend loaded, its messages kept from the terminal."
@@ -120,6 +124,7 @@ def library():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     lib.llama_log_set(_listen, None)
+    weakref.finalize(lib, _end_listening, lib, _listen)   # when Python ends, after what was opened later was closed
     _verify('llama_model_params', lib.llama_model_default_params(), _MODEL_DEFAULTS)
     _verify('llama_context_params', lib.llama_context_default_params(), _CONTEXT_DEFAULTS)
     ggml.ggml_backend_load.restype, ggml.ggml_backend_load.argtypes = c_void_p, (c_char_p,)

