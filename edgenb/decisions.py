@@ -201,7 +201,7 @@ class Reviewed:
 
 def corrections(decisions: Decisions,
                 notes: list,       # of `Note`: those that were reviewed, perhaps among others
-                deidentify         # (text, patient) -> text without identifiers
+                deidentify         # (text, its patient, or the note's id where it has none) -> text without identifiers
                ) -> list:          # of `Reviewed`, in the order of the notes
     "What the next training may learn from these decisions."
     if not callable(deidentify): raise EdgenbError('corrections: deidentify must be a function of a text and its patient that gives a text: nothing goes on with identifiers in it')
@@ -212,7 +212,7 @@ def corrections(decisions: Decisions,
     for n in notes:
         d = decisions.state(n.id)
         if d is None or d.action == 'reject': continue
-        text = deidentify(n.text, n.patient)
+        text = deidentify(n.text, n.patient or n.id)
         if not isinstance(text, str) or not text.strip(): raise EdgenbError(f'corrections: deidentify left no text of {n.id}')
         same = ' '.join(text.lower().split())
         if place[n.id] < latest.get(same, 0): continue   # said twice: the later decision holds

@@ -327,8 +327,6 @@ def platt(logits: np.ndarray, y: np.ndarray) -> tuple:   # slope, offset
         line = line - step
     return tuple(float(v) for v in line)
 
-
-
 # %% ../nbs/45_mentions.ipynb #c41e6300
 LEAST = 10   # right and wrong candidates to learn from
 

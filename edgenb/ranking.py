@@ -176,5 +176,3 @@ def abstention_figure(systems: dict   # name -> (right, confidence)
         shown = np.unique(np.linspace(0, len(right) - 1, 200).astype(int))
         figure.add_scatter(x=curve['coverage'][shown].tolist(), y=curve['error'][shown].tolist(), mode='lines', name=name)
     return figure
-
-

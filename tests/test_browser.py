@@ -1,5 +1,5 @@
 "The wafer recipe, and the desk of the coding recipe, in a real JupyterLab, in a real browser."
-import contextlib, json, shutil, socket, subprocess, sys, time, urllib.request
+import contextlib, json, os, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 import pytest
 from playwright.sync_api import expect
@@ -14,17 +14,29 @@ def browser_type_launch_args(browser_type_launch_args): return {**browser_type_l
 
 
 @pytest.fixture
-def lab(tmp_path):
-    "The address of a JupyterLab that serves `tmp_path`."
+def lab(tmp_path, tmp_path_factory):
+    "The address of a JupyterLab that serves `tmp_path`, with settings of its own: neither does it read those of this machine's user, nor leave anything there."
+    home = tmp_path_factory.mktemp('jupyter')
+    own = {f'JUPYTER_{what}_DIR': str(home/what.lower()) for what in ('CONFIG', 'DATA', 'RUNTIME')} | {f'JUPYTERLAB_{what}_DIR': str(home/what.lower()) for what in ('SETTINGS', 'WORKSPACES')}
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     process = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--IdentityProvider.token=',
-                                f'--ServerApp.root_dir={tmp_path}', '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=None'], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+                                f'--ServerApp.root_dir={tmp_path}', '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=None'], env=os.environ | own, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     try:
         for _ in range(240):
-            with contextlib.suppress(OSError): urllib.request.urlopen(f'http://127.0.0.1:{port}/api/status'); break
+            with contextlib.suppress(OSError): urllib.request.urlopen(f'http://127.0.0.1:{port}/api/status', timeout=30); break
             time.sleep(0.5)
         yield f'http://127.0.0.1:{port}'
     finally: process.terminate(); process.wait(20)
+
+
+def run_all_cells(page, begun: str):
+    "Run the notebook that is open, and see it begin: `begun` is a selector of what its cells show. JupyterLab's own promise is not waited for: it was seen never to be kept, and nothing would have ended that wait."
+    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status=='idle'", timeout=120_000)
+    for last in (False, False, True):
+        page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+        try: return expect(page.locator(begun).first).to_be_visible(timeout=60_000)
+        except AssertionError:
+            if last: raise
 
 
 def test_the_wafer_recipe_runs_in_jupyterlab_and_shows_live_plots(page, lab, tmp_path):
@@ -38,8 +50,7 @@ def test_the_wafer_recipe_runs_in_jupyterlab_and_shows_live_plots(page, lab, tmp
     asked = []
     page.on('request', lambda r: asked.append(r.url))
     page.goto(f'{lab}/lab/tree/wafer.ipynb')
-    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status=='idle'", timeout=120_000)
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    run_all_cells(page, '.jp-OutputArea-output')
     done = page.wait_for_function("""() => { const cells = window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells.map(c => c.toJSON());
         const texts = cells.flatMap(c => c.outputs || []).map(o => JSON.stringify(o));
         return texts.some(t => t.includes('"output_type":"error"')) ? 'failed' : texts.some(t => t.includes('smoke run finished')) ? 'finished' : false }""", timeout=300_000).json_value()
@@ -73,8 +84,7 @@ def test_notes_are_decided_on_in_jupyterlab_with_the_keyboard_alone(page, lab, t
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(DESK)], metadata={'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}}), tmp_path/'desk.ipynb')
     page.set_viewport_size({'width': 1400, 'height': 1000})
     page.goto(f'{lab}/lab/tree/desk.ipynb')
-    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status=='idle'", timeout=120_000)
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    run_all_cells(page, '.edgenb-review')
     status, line = page.locator('.edgenb-review [role=status]'), page.locator('.edgenb-review .widget-text input').first
     expect(status).to_contain_text('note 1 of 4', timeout=60_000)
     line.focus()

@@ -398,6 +398,7 @@ def test_a_note_in_another_language_is_read_in_its_own(tmp_path):
     run = Run(tmp_path/'run')
     card = data(run, source=str(save_notes(mixed, tmp_path/'v.jsonl')), **READING)
     assert set(card.result['other languages']) == {'es'} and not any('echaburu' in n.text for n in frozen_notes(run, 'all'))
+    assert sorted(n.language for n in frozen_notes(run, 'all')) == sorted(n.language for n in mixed)   # as learning again needs them
     rows = [json.loads(l) for l in (tmp_path/'v.jsonl').read_text().splitlines()]
     rows[0]['language'] = 'fr'
     (tmp_path/'w.jsonl').write_text('\n'.join(map(json.dumps, rows)))
