@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'codiesp_folder', 'by_mention', 'codiesp_notes', 'word_baseline', 'system_row', 'codiesp_case',
-           'codiesp_table']
+           'codiesp_table', 'codiesp_tables']
 
 # %% ../nbs/51_codiesp.ipynb #79603d7c
-import collections, os, re, time
+import collections, functools, multiprocessing, os, re, time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -124,3 +125,10 @@ def codiesp_table(results: dict) -> str:
                   f"{show(r['unseen']['f1'])} | {show(r['calibration_error'])} | {'' if 'ms_per_note' not in r else format(r['ms_per_note'], '.1f')} |" for r in rows]
         if results['part'] == 'test': lines += [f'| {name} | {show(f1)} | | | {show(m)} | | | | | |' for name, (f1, m) in PUBLISHED.get((system, results['language']), {}).items()]
     return '\n'.join(lines[1:])
+
+def codiesp_tables(folder: str | Path, languages: tuple = ('es', 'en'), seed: int = 0, num_workers: int = 2) -> list:   # of Markdown
+    "The table of each language, made in processes of their own: the work is Python's, on one core each."
+    with ProcessPoolExecutor(min(num_workers, len(languages)), multiprocessing.get_context('spawn')) as pool:
+        return list(pool.map(functools.partial(_table, folder, seed), languages))
+
+def _table(folder, seed, language): return codiesp_table(codiesp_case(folder, language, seed=seed))

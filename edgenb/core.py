@@ -15,6 +15,10 @@ from pathlib import Path
 from types import CodeType, FunctionType
 import edgenb
 
+# %% ../nbs/00_core.ipynb #5b1c0d3e
+# Before torch is loaded: how long a thread of GNU OpenMP waits awake for work. Not at all, and two threads are hardly faster than one; without a limit, and two are slower than one wherever another process wants the core.
+os.environ.setdefault('GOMP_SPINCOUNT', '30000')
+
 # %% ../nbs/00_core.ipynb #308e02eb
 class EdgenbError(Exception):
     "Root of edgenb's errors. The message says what was wrong, where, and what to do; a notebook shows it without a traceback."

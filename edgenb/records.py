@@ -243,7 +243,7 @@ def learn(run,
         for maker in makers.values(): _measured_recall(maker, asked['recall_notes'], asked['least_recall'], asked['seed'])
         found, asked = corrections(record, notes, lambda text, patient: makers[spoken[text]].replace(text, patient)[0]), None
     else:
-        notes, bundle = frozen_notes(run, 'field'), load_bundle(bundle_of(run))
+        notes, bundle = frozen_notes(run, 'field'), load_bundle(bundle_of(run), num_threads=0)
         if not notes: raise EdgenbError('learn: no notes were held back for the field: enter data with field=0.1, or pass decisions and source')
         answer, classes = bundle.answer([n.text.encode() for n in notes]), bundle.pipeline.classes
         asked = [int(i) for i in np.argsort(answer['score'], kind='stable')[:budget]]

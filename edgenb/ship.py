@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np
 import edgenb
-from .runtime import LIBRARIES, ready, runtime
+from .runtime import LIBRARIES, ready, runtime, untimed_threads
 from .drift import Detector
 from .core import EdgenbError, digest, digest_of, json_text, room, within, write_json
 from .pipeline import Pipeline
@@ -68,11 +68,13 @@ def check_bundle(path: str | Path) -> dict:   # the manifest
     return manifest
 
 def load_bundle(path: str | Path,        # a bundle's folder
-                num_threads: int = 1) -> Bundle:
+                num_threads: int = 1     # 0: as many as suit answers that nobody times
+               ) -> Bundle:
     "Check a bundle and make it ready to decide."
     path, manifest = Path(path), check_bundle(path)
-    return Bundle(path, manifest, Pipeline.load(path/'pipeline.json'), Sketch.from_bytes((path/'reference.sketch').read_bytes()),
-                  ready(manifest['runtime']).load(path/manifest['model'], num_threads),
+    pipeline = Pipeline.load(path/'pipeline.json')
+    return Bundle(path, manifest, pipeline, Sketch.from_bytes((path/'reference.sketch').read_bytes()),
+                  ready(manifest['runtime']).load(path/manifest['model'], num_threads or untimed_threads(pipeline)),
                   Detector.from_bytes((path/'drift.detector').read_bytes()) if 'drift.detector' in manifest['files'] else None)
 
 # %% ../nbs/06_ship.ipynb #1d6b3b80
@@ -151,7 +153,7 @@ def ship(run,
     built = next(a for a in run.card('compile').result['artifacts'] if a['artifact'] == row['artifact'])
     model, pipeline = run.file('compile', built['file']), run.file('tune', 'pipeline.json')
     steps, engine = Pipeline.load(pipeline), runtime(row['runtime'])
-    load = squeezed_callable(run) if engine.missing() else engine.load(model)   # what cannot run here is watched by what it was made of
+    load = squeezed_callable(run) if engine.missing() else engine.load(model, untimed_threads(steps))   # what cannot run here is watched by what it was made of
     held = reference_of(run, steps)
     embeddings = np.concatenate([load(steps.before(e.read())[None])['embedding'] for e in held])
     sketch = Sketch.fit(embeddings)

@@ -18,7 +18,7 @@ from .data import examples_of, units_of
 from .device import PRECISIONS, device as find_device, fit
 from .pipeline import Pipeline
 from .ranking import resampled
-from .runtime import LIBRARIES, runtime, size_mb
+from .runtime import LIBRARIES, runtime, size_mb, untimed_threads
 
 # %% ../nbs/05_verify.ipynb #00a1c0db
 def accuracy(y, answer):
@@ -243,9 +243,9 @@ def language(models: dict, built: list, pipeline, tests: list, num_threads: int 
     wanted = reference.token_logprobs(notes, labels)
     for name, model in progress(models.items(), desc='comparing distributions', unit='model'):
         if isinstance(model, EdgenbError) or not hasattr(model, 'token_logprobs'): continue
-        found[name] = {'language': divergence(wanted, model.token_logprobs(notes, labels)) | {'places': sum(map(len, wanted))}}
+        found[name] = {'language': divergence(wanted, wanted if model is reference else model.token_logprobs(notes, labels)) | {'places': sum(map(len, wanted))}}
     for a in built:
-        try: found.setdefault(a['artifact'], {'language': {}})['language'] |= runtime(a['runtime']).speed(a['path'], notes[:8], num_threads)
+        try: found.setdefault(a['artifact'], {'language': {}})['language'] |= runtime(a['runtime']).speed(a['path'], notes[:6], num_threads)
         except EdgenbError as e: found[a['artifact']]['language'] |= {'speed': reason(e)}   # its answers have failed as well, and say why
     return finite(found)
 
@@ -348,7 +348,7 @@ def verify(run,
     hop = {'artifact': 'squeezed', 'runtime': 'torch', 'precision': 'fp32', 'path': squeezed_file(run), 'runs_here': True}
     built = [a | {'path': run.file('compile', a['file'])} for a in run.card('compile').result['artifacts']]
     here = [a for a in built if a['runs_here']]
-    threads = find_device('local').cores if pipeline.input == 'text' else 1   # a language model takes its time; what is timed below keeps to num_threads
+    threads = untimed_threads(pipeline)   # what is timed below keeps to num_threads
     models = {'reference': runtime('torch').load(reference['path'], threads), 'squeezed': squeezed_callable(run), **{a['artifact']: _loaded(a, threads) for a in here}}
     kept, words = answers(models, pipeline, tests, negative), language(models, here, pipeline, tests, num_threads, seed)
     del models

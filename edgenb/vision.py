@@ -8,8 +8,6 @@ __all__ = ['STAGES', 'SameConv', 'Block', 'EfficientNetLite0', 'lite0', 'new_hea
 
 # %% ../nbs/15_vision.ipynb #301dda03
 import os
-os.environ.setdefault('GOMP_SPINCOUNT', '0')         # GNU OpenMP otherwise burns both cores waiting
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')   # large pages: fewer page faults per training step
 
 # %% ../nbs/15_vision.ipynb #f64ef0da

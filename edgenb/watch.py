@@ -228,7 +228,7 @@ def watch(run,
     from edgenb.drift import Detector
     from edgenb.ship import load_bundle
     within('watch', 2, None, window=window); within('watch', 0, 1, alarm=alarm)
-    bundle = load_bundle(run.file('ship', 'bundle/manifest.json').parent)
+    bundle = load_bundle(run.file('ship', 'bundle/manifest.json').parent, num_threads=0)
     known_shifts, opened, closed = _shifts_of(bundle.pipeline)
     for s in shifts:
         if s not in known_shifts: raise EdgenbError(f'watch: there is no shift {s}.{did_you_mean(s, known_shifts)}')

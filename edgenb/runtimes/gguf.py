@@ -71,5 +71,5 @@ class Gguf(Runtime):
         tokens = min(tokens, engine.n_ctx)
         engine.close()
         free = Engine(path, num_threads, n_ctx=min(engine.trained, engine.n_ctx + tokens))
-        plain = [free.generate(free.prompt_tokens(n, prompt), max_tokens=tokens, ends=False) for n in notes[:5]]
+        plain = [free.generate(free.prompt_tokens(n, prompt), max_tokens=tokens, ends=False) for n in notes[:3]]
         return {'load_ms': load, **{k: statistics.median(p[k] for p in plain) for k in ('ttft_ms', 'tokens_per_s')}, 'notes_per_s': rate}
