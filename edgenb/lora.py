@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'MERGED', 'packed', 'padded', 'answer_loss', 'batches', 'a
            'base_digest', 'train', 'adapter_facts', 'load_tuned', 'merge']
 
 # %% ../nbs/48_lora.ipynb #383f561f
-import contextlib, json, math, os, shutil, tempfile, time
+import contextlib, ctypes, json, math, os, shutil, tempfile, time
 from pathlib import Path
 import numpy as np
 from .core import EdgenbError, did_you_mean, digest, digest_of, file_errors, progress, within, write_json
@@ -113,12 +113,20 @@ def step_memory_mb(config: dict,       # of transformers: config.json
     return {k: round(v/2**20, 1) for k, v in {'loading': loading, **step, 'total': max(loading, sum(step.values()))}.items()}
 
 # %% ../nbs/48_lora.ipynb #f85f7c1c
+_EVERY = 20   # steps
+
+def _give_back():
+    "Give freed memory back to the system: glibc keeps it, in holes that rows of another length do not fit into."
+    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)
+
 def _bar(steps):
-    "A Trainer callback that moves edgenb's progress bar."
+    "A Trainer callback that moves edgenb's progress bar, and keeps the memory of rows of many lengths from growing."
     from transformers import TrainerCallback
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw): self.bar = progress(total=steps, initial=state.global_step, desc='training', unit='step')
-        def on_step_end(self, args, state, control, **kw): self.bar.update()
+        def on_step_end(self, args, state, control, **kw):
+            self.bar.update()
+            if state.global_step % _EVERY == 0: _give_back()
         def on_log(self, args, state, control, logs=None, **kw):
             if logs: self.bar.set_postfix({k.removeprefix('eval_'): f'{v:.3g}' for k, v in logs.items() if k in ('loss', 'eval_loss')})
         def on_train_end(self, args, state, control, **kw): self.bar.close()
@@ -269,6 +277,7 @@ def train(model_name_or_path: str,    # 'bundled:smollm2-135m', a hub id or a fo
         held_plan = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         parameters, trained = (sum(math.prod(s) for p in base.glob('*.safetensors') for s in safetensors_shapes(p).values()), sum(p.numel() for p in model.parameters() if p.requires_grad))
         step = step_memory_mb(model.config.to_dict(), parameters, trained, *_largest(plan, learnt, packing), bf16, method == 'qlora')
+        _give_back()
         print(f"{trained:,} of {parameters:,} weights, {len(plan)} steps, about {libraries_mb + step['total']:.0f} MB of memory")
         about = {'model_name_or_path': str(model_name_or_path), 'base': base_digest(base), 'method': method, 'batch_size': batch_size, 'num_train_epochs': num_train_epochs, 'learning_rate': learning_rate,
                  'lora_r': lora_r, 'lora_alpha': lora_alpha, 'packing': packing, 'bf16': bf16, 'seed': seed, 'planned_steps': len(plan)}

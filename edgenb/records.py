@@ -6,7 +6,7 @@
 __all__ = ['alike', 'word_features', 'spread', 'cut', 'workspace_secret', 'data', 'frozen_notes', 'learn', 'judged_notes']
 
 # %% ../nbs/50_records.ipynb #44da387d
-import contextlib, hmac, json, os, secrets
+import contextlib, functools, hmac, json, os, secrets
 from collections import Counter
 from dataclasses import asdict, replace
 from importlib.resources import files
@@ -96,12 +96,20 @@ def workspace_secret(run) -> bytes:   # 32 bytes; in `.secret` beside the pool, 
 
 def _of(secret: bytes, purpose: str) -> bytes: return hmac.digest(secret, purpose.encode(), 'sha256')
 
-def _measured_recall(maker, notes, least, seed):
-    "The rows of the de-identification test; refuses below the least recall."
-    language = maker.language
-    from edgenb.recall import clinic_test, gate_recall, phi_test, recall_report
-    rows, visits = recall_report(maker, phi_test(seed, notes, language=language), synthetic=True), recall_report(maker, clinic_test(seed, notes, language), synthetic=True)[-1]
+@functools.cache
+def _recall_rows(language, names, notes, seed):
+    "The rows of the de-identification test, made once a process: two families of models read the same notes."
+    from edgenb.identifiers import Finder
+    from edgenb.recall import clinic_test, phi_test, recall_report
+    finder = Finder(language, names=names)
+    rows, visits = recall_report(finder, phi_test(seed, notes, language=language), synthetic=True), recall_report(finder, clinic_test(seed, notes, language), synthetic=True)[-1]
     rows[-1]['invented visits'] = {k: visits[k] for k in ('notes', 'words', 'words_replaced', 'replaced')}
+    return rows
+
+def _measured_recall(language, names, notes, least, seed):
+    "What the de-identification finds with these names; refuses below the least recall."
+    from edgenb.recall import gate_recall
+    rows = _recall_rows(language, names, notes, seed)
     found = gate_recall(rows, least)
     if not found['passed']: raise EdgenbError(f"data: nothing was read or kept in language {language!r}, because the de-identification does not reach what you ask for: {found['why']}. Pass your own names and places (own_names), or a lower least_recall")
     return rows, found
@@ -159,7 +167,7 @@ def data(run,
     if kind not in ('real', 'synthetic'): raise EdgenbError(f"data: kind = {kind!r} is not one of 'real', 'synthetic'")
     secret = workspace_secret(run)
     makers = {language: Deidentifier(language=language, names=_names(own_names), key=_of(secret, 'surrogates'))}
-    measured = {language: _measured_recall(makers[language], recall_notes, least_recall, seed)}   # before anything is read
+    measured = {language: _measured_recall(language, _names(own_names), recall_notes, least_recall, seed)}   # before anything is read
     notes = [n for n in read_notes(source, language, check=False) if n.codes]
     if len(notes) < 20: raise EdgenbError(f'{source} has {len(notes)} notes with codes: too few to train, to choose and to test on')
     notes, problems = _checked_codes([*spread(notes, {'test': test, 'validation': validation, 'field': field}, seed), *(replace(n, split='train') for p in extra for n in read_notes(p, language, check=False))], 'ICD-10-CM')
@@ -176,7 +184,7 @@ def data(run,
     kept = [n for n in notes if primary(n) in chosen]
     for other in sorted({n.language for n in kept} - set(makers)):
         makers[other] = Deidentifier(language=other, names=_names(own_names), key=_of(secret, 'surrogates'))
-        measured[other] = _measured_recall(makers[other], recall_notes, least_recall, seed)
+        measured[other] = _measured_recall(other, _names(own_names), recall_notes, least_recall, seed)
     rows, recall = measured[language][0], min((gate_ for _, gate_ in measured.values()), key=lambda g: g['value'])
     for n in progress(kept, desc='de-identify', unit='note'):
         text, mapping = makers[n.language].replace(n.text, n.patient or n.id)
@@ -240,7 +248,7 @@ def learn(run,
         asked = run.card('data').asked   # what was good enough for the first notes holds for these
         record, notes, key = Decisions(decisions), read_notes(source, asked['language'], check=False), _of(workspace_secret(run), 'surrogates')
         makers, spoken = {l: Deidentifier(language=l, names=_names(asked['own_names']), key=key) for l in sorted({n.language for n in notes})}, {n.text: n.language for n in notes}
-        for maker in makers.values(): _measured_recall(maker, asked['recall_notes'], asked['least_recall'], asked['seed'])
+        for l in makers: _measured_recall(l, _names(asked['own_names']), asked['recall_notes'], asked['least_recall'], asked['seed'])
         found, asked = corrections(record, notes, lambda text, patient: makers[spoken[text]].replace(text, patient)[0]), None
     else:
         notes, bundle = frozen_notes(run, 'field'), load_bundle(bundle_of(run), num_threads=0)
