@@ -704,7 +704,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'edgenb.lora._bar': ('lora.html#_bar', 'edgenb/lora.py'),
                              'edgenb.lora._base_of': ('lora.html#_base_of', 'edgenb/lora.py'),
                              'edgenb.lora._full_precision': ('lora.html#_full_precision', 'edgenb/lora.py'),
-                             'edgenb.lora._give_back': ('lora.html#_give_back', 'edgenb/lora.py'),
                              'edgenb.lora._history': ('lora.html#_history', 'edgenb/lora.py'),
                              'edgenb.lora._largest': ('lora.html#_largest', 'edgenb/lora.py'),
                              'edgenb.lora._last_checkpoint': ('lora.html#_last_checkpoint', 'edgenb/lora.py'),

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'MERGED', 'packed', 'padded', 'answer_loss', 'batches', 'a
            'base_digest', 'train', 'adapter_facts', 'load_tuned', 'merge']
 
 # %% ../nbs/48_lora.ipynb #383f561f
-import contextlib, ctypes, json, math, os, shutil, tempfile, time
+import contextlib, json, math, os, shutil, tempfile, time
 from pathlib import Path
 import numpy as np
 from .core import EdgenbError, did_you_mean, digest, digest_of, file_errors, progress, within, write_json
@@ -16,12 +16,16 @@ from .measure import peak_memory_mb
 from .size import safetensors_shapes
 
 # %% ../nbs/48_lora.ipynb #7623b3ab
+_LENGTHS = 32   # a row is as long as a multiple of it: for every new length the libraries compile and keep their kernels anew
+
 def packed(examples: list,   # of (tokens before the note, tokens from the note to the answer, tokens of the answer)
            model) -> dict:   # inputs of the model, and labels (1, kept)
     "One row: the notes behind one prefix, each as if alone."
     import torch
-    ids, depth, seen, ends = tree([(examples[0][0], -1), *((head + said[:-1], 0) for _, head, said in examples)])
-    rows = np.concatenate([np.arange(end + 1 - len(said), end + 1) for end, (_, _, said) in zip(ends[1:], examples)])
+    chains = [(examples[0][0], -1), *((head + said[:-1], 0) for _, head, said in examples)]
+    short = -sum(len(tokens) for tokens, _ in chains) % _LENGTHS
+    ids, depth, seen, ends = tree([*chains, *[([0], -1)]*short])   # what fills the row up sees itself only, and nobody sees it
+    rows = np.concatenate([np.arange(end + 1 - len(said), end + 1) for end, (_, _, said) in zip(ends[1:len(examples) + 1], examples)])
     return {'input_ids': torch.from_numpy(ids)[None], 'position_ids': torch.from_numpy(depth)[None], 'attention_mask': mask_of(seen, model),
             'logits_to_keep': torch.from_numpy(rows), 'labels': torch.tensor([[t for _, _, said in examples for t in said]])}
 
@@ -113,20 +117,12 @@ def step_memory_mb(config: dict,       # of transformers: config.json
     return {k: round(v/2**20, 1) for k, v in {'loading': loading, **step, 'total': max(loading, sum(step.values()))}.items()}
 
 # %% ../nbs/48_lora.ipynb #f85f7c1c
-_EVERY = 20   # steps
-
-def _give_back():
-    "Give freed memory back to the system: glibc keeps it, in holes that rows of another length do not fit into."
-    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)
-
 def _bar(steps):
-    "A Trainer callback that moves edgenb's progress bar, and keeps the memory of rows of many lengths from growing."
+    "A Trainer callback that moves edgenb's progress bar."
     from transformers import TrainerCallback
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw): self.bar = progress(total=steps, initial=state.global_step, desc='training', unit='step')
-        def on_step_end(self, args, state, control, **kw):
-            self.bar.update()
-            if state.global_step % _EVERY == 0: _give_back()
+        def on_step_end(self, args, state, control, **kw): self.bar.update()
         def on_log(self, args, state, control, logs=None, **kw):
             if logs: self.bar.set_postfix({k.removeprefix('eval_'): f'{v:.3g}' for k, v in logs.items() if k in ('loss', 'eval_loss')})
         def on_train_end(self, args, state, control, **kw): self.bar.close()
@@ -192,7 +188,7 @@ def _not_packed(model, method, few, pad, bf16) -> str:
 
 def _largest(plan, examples, packing) -> tuple:   # tokens, and tokens of answers, of the largest step
     size = lambda e: len(e[1]) + len(e[2]) - 1
-    row = lambda few: len(few[0][0]) + sum(map(size, few)) if packing else len(few)*max(len(e[0]) + size(e) for e in few)
+    row = lambda few: -(-(len(few[0][0]) + sum(map(size, few)))//_LENGTHS)*_LENGTHS if packing else len(few)*max(len(e[0]) + size(e) for e in few)
     return max((row(few), sum(len(e[2]) for e in few)) for few in ([examples[i] for i in b] for b in plan))
 
 # %% ../nbs/48_lora.ipynb #579fe15d
@@ -277,7 +273,6 @@ def train(model_name_or_path: str,    # 'bundled:smollm2-135m', a hub id or a fo
         held_plan = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         parameters, trained = (sum(math.prod(s) for p in base.glob('*.safetensors') for s in safetensors_shapes(p).values()), sum(p.numel() for p in model.parameters() if p.requires_grad))
         step = step_memory_mb(model.config.to_dict(), parameters, trained, *_largest(plan, learnt, packing), bf16, method == 'qlora')
-        _give_back()
         print(f"{trained:,} of {parameters:,} weights, {len(plan)} steps, about {libraries_mb + step['total']:.0f} MB of memory")
         about = {'model_name_or_path': str(model_name_or_path), 'base': base_digest(base), 'method': method, 'batch_size': batch_size, 'num_train_epochs': num_train_epochs, 'learning_rate': learning_rate,
                  'lora_r': lora_r, 'lora_alpha': lora_alpha, 'packing': packing, 'bf16': bf16, 'seed': seed, 'planned_steps': len(plan)}
