@@ -103,7 +103,9 @@ def reading(bundle,            # from `edgenb.ship.load_bundle`, of a model of n
     "The model of a bundle as a function of texts, and where it has to cut a note."
     pipeline, model = bundle.pipeline, bundle.model
     def ask(texts): return model(np.stack([pipeline.before(str(t).encode()) for t in texts]))
-    def fits(text): return pipeline.reads(text) and (not hasattr(model, 'reads') or model.reads(text))
+    def fits(text):   # what the model is given of it, such as some of its sections
+        try: return pipeline.reads(text) and (not hasattr(model, 'reads') or model.reads(str(pipeline.before(text.encode()))))
+        except EdgenbError: return False   # refused; `ask` says why, where no cut helps
     def parts(text, words): return [(b + x, b + y) for b, e in windows(text, words) for x, y in ([(0, e - b)] if words == 1 or fits(text[b:e]) else parts(text[b:e], words//2))]
     return ask, lambda text: [(0, len(text))] if fits(text) else parts(text, words)
 
