@@ -373,22 +373,22 @@ def _not_entered(): raise EdgenbError('nothing was done: press Enter in the comm
 def after_confirmation(probabilities: np.ndarray,   # (n, codes)
                        truth: np.ndarray,           # int (n,): index of the right code; -1 if it is not among them
                        shown: int = 5,              # codes on the physician's list
-                       checked=tuple(i/10 for i in range(11))   # shares of the notes that are looked at, the least certain first
+                       checked=tuple(i/10 for i in range(11)),  # shares of the notes that are looked at, the least certain first
+                       patients=None                # one a note: the intervals are over patients, where some have several notes
                       ) -> list:                    # a row each: {'checked', 'right', 'low', 'high', 'at_random'}
     "Share of right codes by review effort, assuming that a physician who is shown the right code picks it."
-    from edgenb.verify import rate_interval
+    from edgenb.ranking import share_interval
     p, truth = np.asarray(probabilities), np.asarray(truth)
     if p.ndim != 2 or p.shape[0] != len(truth) or not len(truth): raise EdgenbError(f'after_confirmation: probabilities of shape {p.shape} and {len(truth)} true codes')
     within('after_confirmation', 1, p.shape[1], shown=shown)
     ranked = np.argsort(-p, axis=1, kind='stable')[:, :shown]
     first, listed = ranked[:, 0] == truth, (ranked == truth[:, None]).any(1)
-    order, rows = np.argsort(p.max(1), kind='stable'), []
+    place, rows = np.argsort(np.argsort(p.max(1), kind='stable')), []   # among the notes, the least certain first
     for share in checked:
         within('after_confirmation', 0, 1, checked=share)
-        n = round(share*len(truth))
-        right = int(listed[order[:n]].sum() + first[order[n:]].sum())
-        low, high = rate_interval(right, len(truth))
-        rows.append({'checked': share, 'right': right/len(truth), 'low': low, 'high': high, 'at_random': float(first.mean() + share*(listed.mean() - first.mean()))})
+        right = np.where(place < round(share*len(truth)), listed, first)
+        low, high = share_interval(right, patients)
+        rows.append({'checked': share, 'right': float(right.mean()), 'low': low, 'high': high, 'at_random': float(first.mean() + share*(listed.mean() - first.mean()))})
     return rows
 
 def confirmation_table(rows: list) -> str:

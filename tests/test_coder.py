@@ -582,6 +582,15 @@ def test_confirmation_brings_what_counting_by_hand_says_and_never_harms(n, class
     assert rows[0]['at_random'] == pytest.approx(right[0]) and rows[-1]['at_random'] == pytest.approx(right[-1])
 
 
+def test_confirmation_is_as_sure_as_the_number_of_patients_allows():
+    rng = np.random.default_rng(0)
+    p, truth = rng.dirichlet(np.ones(4), 40), rng.integers(0, 4, 40)
+    once, often = after_confirmation(p, truth, shown=2), after_confirmation(p.repeat(10, 0), truth.repeat(10), shown=2, patients=np.repeat(np.arange(40), 10))
+    assert [r['right'] for r in often] == pytest.approx([r['right'] for r in once])
+    assert all(r['high'] - r['low'] == pytest.approx(o['high'] - o['low'], abs=0.05) for r, o in zip(often, once))   # 400 notes, of 40 patients
+    assert after_confirmation(p, truth, shown=2, patients=range(40)) == once
+
+
 def test_confirmation_in_words_and_refusals():
     p, truth = np.array([[.9, .05, .05], [.4, .35, .25], [.4, .3, .3]]), np.array([0, 1, -1])
     assert '| 100% | 66.7%' in confirmation_table(after_confirmation(p, truth, shown=2)) and '| 0% | 33.3%' in confirmation_table(after_confirmation(p, truth, shown=2))

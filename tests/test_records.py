@@ -352,6 +352,16 @@ def test_a_family_is_better_where_the_same_notes_say_so():
         assert 'neither is proven better' in verdict(ships, rows, chosen, 0.05, crossed, 'synthetic')
 
 
+def test_several_notes_of_a_patient_say_no_more_than_the_patient_does():
+    from edgenb.recipes.icd import verdict
+    right = {'language model': np.arange(200) < 170, 'encoder': np.arange(200) < 160}
+    told = lambda *patients: verdict('encoder', ENCODER, 'onnxruntime-int8', 0.05, right, 'synthetic', *patients)
+    rate = lambda said: np.diff([float(v) for v in re.search(r'the encoder names 80.0% \[([\d.]+)%, ([\d.]+)%\]', said).groups()])[0]
+    assert 'the language model is the better coder here' in told() == told(np.arange(200))   # each a patient's only one
+    tens = told(np.arange(200)//10)                                                          # the ten notes between the two are one patient's
+    assert 'neither is proven better' in tens and rate(tens) > 2*rate(told())
+
+
 def test_every_module_of_the_recipes_can_be_imported():
     import importlib
     for p in (Path(__file__).parents[1]/'edgenb'/'recipes').glob('[a-z]*.py'): importlib.import_module(f'edgenb.recipes.{p.stem}')
