@@ -362,6 +362,15 @@ def test_several_notes_of_a_patient_say_no_more_than_the_patient_does():
     assert 'neither is proven better' in tens and rate(tens) > 2*rate(told())
 
 
+def test_what_is_known_of_the_invented_clinic_alone_is_not_asked_of_own_synthetic_notes():
+    cells = [''.join(c['source']) for c in json.loads((Path(__file__).parent.parent/'nbs'/'recipes'/'icd.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    own = {'notes': 'visits.jsonl', 'source': 'visits.jsonl', 'kind': 'synthetic', 'switched': 0.5}
+    exec(next(c for c in cells if 'switched-{' in c), dict(own))   # there is nothing to switch: no file is looked for, no training notes are
+    said, = (l for c in cells for l in c.splitlines() if l.startswith('unseen = '))
+    exec(said, own, found := {})
+    assert found == {'unseen': None}
+
+
 def test_every_module_of_the_recipes_can_be_imported():
     import importlib
     for p in (Path(__file__).parents[1]/'edgenb'/'recipes').glob('[a-z]*.py'): importlib.import_module(f'edgenb.recipes.{p.stem}')
