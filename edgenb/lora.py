@@ -218,7 +218,7 @@ def _history(log) -> list:   # of {'step', 'loss', 'validation_loss'}
     found = {}
     for l in log:
         found.setdefault(l['step'], {'step': l['step']}).update({to: round(l[k], 6) for k, to in (('loss', 'loss'), ('eval_loss', 'validation_loss')) if k in l})
-    return [h for h in found.values() if 'validation_loss' in h]
+    return [h for h in found.values() if math.isfinite(h.get('validation_loss', math.nan))]
 
 def _leave(folder: Path, fill):
     "A folder that `fill(path)` fills, whole or not at all."
@@ -284,6 +284,7 @@ def train(model_name_or_path: str,    # 'bundled:smollm2-135m', a hub id or a fo
         _same_run(work, digest_of([about, patience, prompt.to_dict(), [list(v) for v in (*examples, *held)]]))
         trainer = _trainer(model, _Rows(learnt, plan, make), _Rows(validated, held_plan, make), work, -(-len(learnt)//batch_size), learning_rate, patience, bf16, seed)
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+        if not trainer.state.best_global_step: raise EdgenbError(f'tune: the language model diverged, its loss on validation notes is no number: lower learning_rate, which was {learning_rate:g}')
         facts = {**about, 'steps': trainer.state.global_step, 'best_step': trainer.state.best_global_step, 'history': _history(trainer.state.log_history), 'parameters': parameters, 'trained': trained,
                  'threads': num_threads, 'device': model.device.type, 'memory': {'before_mb': round(libraries_mb), 'predicted_mb': round(libraries_mb + step['total']), 'measured_mb': round(_memory_now()), 'step_mb': step},
                  'seconds': round(time.perf_counter() - started[0], 1), 'cpu_seconds': round(time.process_time() - started[1], 1)}

@@ -221,6 +221,15 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls(tiny, prompt, not
     best = min(facts['history'], key=lambda h: h['validation_loss'])
     assert facts['steps'] < facts['planned_steps'] and facts['best_step'] == best['step'] and facts['steps'] == best['step'] + 14
 
+def test_a_language_model_that_diverges_is_one_line_and_leaves_no_adapter(tiny, prompt, notes, tmp_path):
+    with pytest.raises(EdgenbError, match=r'diverged.*lower learning_rate, which was 1e\+20'): tuned(tiny, prompt, notes, tmp_path, num_train_epochs=2, learning_rate=1e20)
+    assert not (tmp_path/'adapter').exists()
+
+def test_the_history_of_a_language_model_that_diverges_late_holds_numbers():
+    from edgenb.lora import _history
+    log = [{'step': 7, 'loss': 0.5}, {'step': 7, 'eval_loss': 0.4}, {'step': 14, 'loss': 0.1}, {'step': 14, 'eval_loss': float('nan')}]
+    assert _history(log) == [{'step': 7, 'loss': 0.5, 'validation_loss': 0.4}]
+
 def test_the_order_of_training_takes_every_note_once_an_epoch_and_puts_like_lengths_together():
     lengths = np.random.default_rng(0).integers(5, 200, 100).tolist()
     for bucketed in (False, True):

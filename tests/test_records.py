@@ -319,6 +319,38 @@ def test_an_encoder_goes_the_same_way(read, tmp_path_factory):
     assert rows['onnxruntime-fp32']['delta'] == 0 and rows['onnxruntime-fp32']['flipped'] == [] and rows['onnxruntime-fp32']['also']['auc']['value'] is None
 
 
+def small_encoder():
+    "A network of one layer, and notes in which one word says the code."
+    from transformers import BertConfig
+    from edgenb.encoder import NoteEncoder, code_targets
+    torch.manual_seed(0)
+    rng, net = np.random.default_rng(0), NoteEncoder(BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=8).to_dict(), classes=2)
+    y = rng.integers(0, 2, 96)
+    ids = np.concatenate([rng.integers(5, 20, (96, 4)), 2 + y[:, None]], 1)
+    return net, lambda a, b: (ids[a:b], y[a:b], code_targets(y[a:b], [set()]*(b - a), 2))
+
+
+@pytest.mark.parametrize('batch_size, epochs', [(8, 1), (16, 2), (73, 10)])
+def test_an_encoder_trains_in_ten_steps_as_in_any_other_number(batch_size, epochs):
+    from edgenb.encoder import train
+    net, part = small_encoder()
+    _, history = train(net, part(0, 73), part(80, 96), epochs, batch_size, 1e-3, 4, 8, patience=epochs)
+    assert len(history) == epochs and all(np.isfinite(list(h.values())).all() for h in history)
+
+
+def test_an_encoder_that_diverges_is_one_line_and_one_that_does_so_late_is_its_best(monkeypatch):
+    from edgenb import encoder
+    net, part = small_encoder()
+    with pytest.raises(EdgenbError, match=r'diverged in its first epoch.*lower learning_rate, which was 1e\+30'): encoder.train(net, part(0, 64), part(80, 96), 2, 8, 1e30, 4, 8, patience=2)
+    asked = []
+    logits_of = encoder.logits_of
+    def third_time_broken(net, ids): asked.append(0); return logits_of(net, ids)*(np.nan if len(asked) == 3 else 1)
+    monkeypatch.setattr(encoder, 'logits_of', third_time_broken)
+    late, history = encoder.train(net, part(0, 64), part(80, 96), 6, 8, 1e-3, 4, 8, patience=6)
+    assert len(history) == 2 and len(asked) == 3 and all(np.isfinite(list(h.values())).all() for h in history)   # a card holds numbers
+    assert np.isfinite(logits_of(late, part(80, 96)[0])).all()
+
+
 def test_a_patient_whom_the_source_puts_on_both_sides_fails_the_gate(tmp_path):
     from edgenb.records import data
     both = [replace(n, split=('train', 'train', 'train', 'validation', 'test', 'train')[i % 6]) for i, n in enumerate(visits())]
