@@ -239,13 +239,13 @@ def test_levels_for_gpus_are_made_where_they_can_be_and_end_no_run_elsewhere(squ
     told = squeezed.card('squeeze').result
     assert told['precisions'] == ['f16', 'q8_0', 'q4_k_m'] and told['skipped'] == ({'gptq': handoff.gpu_missing()} if handoff.gpu_missing() else {})
     def made(folder, out, method, texts):
-        if method == 'gptq': raise RuntimeError('CUDA error: out of memory\nat line 3')
+        if method == 'gptq': raise RuntimeError(f'cannot tokenize {texts[0]!r}')
         (out.mkdir(), (out/'config.json').write_text(method))
         assert (folder/'config.json').exists() and all(t.startswith('<|im_start|>') and t.endswith('<|im_end|>') for t in texts)
     monkeypatch.setattr(handoff, 'gpu_missing', lambda: ''); monkeypatch.setattr(handoff, 'gpu_quantize', made)
     for p in merged.path.glob('03-squeeze*'): p.unlink()
     told = language.squeeze(merged, levels=['q8_0', 'awq', 'gptq'], num_threads=1).result     # asked again, since now it can
-    assert merged.file('squeeze', 'awq/config.json').read_text() == 'awq' and told['skipped'] == {'gptq': 'LLM Compressor could not: CUDA error: out of memory'}
+    assert merged.file('squeeze', 'awq/config.json').read_text() == 'awq' and told['skipped'] == {'gptq': 'LLM Compressor could not (RuntimeError)'}   # not a word of a note
     with pytest.raises(EdgenbError, match='at least one level of GGUF'): language.squeeze(merged, levels=['awq'], num_threads=1)
 
 
