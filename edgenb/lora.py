@@ -146,6 +146,7 @@ def _trainer(model, rows, held_rows, work, every, learning_rate, patience, bf16,
                                   train_sampling_strategy='sequential', eval_strategy='steps', save_strategy='steps', eval_steps=every, save_steps=every, logging_steps=every, save_total_limit=2,
                                   load_best_model_at_end=True, metric_for_best_model='eval_loss', greater_is_better=False, restore_callback_states_from_checkpoint=True, disable_tqdm=True, report_to=[],
                                   remove_unused_columns=False, dataloader_pin_memory=False, label_names=['labels'], log_level='error')
+    if arguments.n_gpu > 1: arguments._n_gpu = 1   # on several the Trainer draws a batch for each and splits it by rows: a packed one cannot be split
     trainer = OnAnswers(model=model, args=arguments, train_dataset=rows, eval_dataset=held_rows, data_collator=lambda items: items[0], callbacks=[EarlyStoppingCallback(patience), _bar(len(rows))])
     from transformers import PrinterCallback
     trainer.remove_callback(PrinterCallback)
