@@ -954,6 +954,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'edgenb.ranking.review_effort': ('ranking.html#review_effort', 'edgenb/ranking.py'),
                                 'edgenb.ranking.seen_and_unseen': ('ranking.html#seen_and_unseen', 'edgenb/ranking.py'),
                                 'edgenb.ranking.set_counts': ('ranking.html#set_counts', 'edgenb/ranking.py'),
+                                'edgenb.ranking.share_interval': ('ranking.html#share_interval', 'edgenb/ranking.py'),
                                 'edgenb.ranking.top_k': ('ranking.html#top_k', 'edgenb/ranking.py')},
             'edgenb.recall': { 'edgenb.recall._identifiers': ('recall.html#_identifiers', 'edgenb/recall.py'),
                                'edgenb.recall._person': ('recall.html#_person', 'edgenb/recall.py'),

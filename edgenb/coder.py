@@ -103,7 +103,9 @@ def reading(bundle,            # from `edgenb.ship.load_bundle`, of a model of n
     "The model of a bundle as a function of texts, and where it has to cut a note."
     pipeline, model = bundle.pipeline, bundle.model
     def ask(texts): return model(np.stack([pipeline.before(str(t).encode()) for t in texts]))
-    def fits(text): return pipeline.reads(text) and (not hasattr(model, 'reads') or model.reads(text))
+    def fits(text):   # what the model is given of it, such as some of its sections
+        try: return pipeline.reads(text) and (not hasattr(model, 'reads') or model.reads(str(pipeline.before(text.encode()))))
+        except EdgenbError: return False   # refused; `ask` says why, where no cut helps
     def parts(text, words): return [(b + x, b + y) for b, e in windows(text, words) for x, y in ([(0, e - b)] if words == 1 or fits(text[b:e]) else parts(text[b:e], words//2))]
     return ask, lambda text: [(0, len(text))] if fits(text) else parts(text, words)
 
@@ -371,22 +373,22 @@ def _not_entered(): raise EdgenbError('nothing was done: press Enter in the comm
 def after_confirmation(probabilities: np.ndarray,   # (n, codes)
                        truth: np.ndarray,           # int (n,): index of the right code; -1 if it is not among them
                        shown: int = 5,              # codes on the physician's list
-                       checked=tuple(i/10 for i in range(11))   # shares of the notes that are looked at, the least certain first
+                       checked=tuple(i/10 for i in range(11)),  # shares of the notes that are looked at, the least certain first
+                       patients=None                # one a note: the intervals are over patients, where some have several notes
                       ) -> list:                    # a row each: {'checked', 'right', 'low', 'high', 'at_random'}
     "Share of right codes by review effort, assuming that a physician who is shown the right code picks it."
-    from edgenb.verify import rate_interval
+    from edgenb.ranking import share_interval
     p, truth = np.asarray(probabilities), np.asarray(truth)
     if p.ndim != 2 or p.shape[0] != len(truth) or not len(truth): raise EdgenbError(f'after_confirmation: probabilities of shape {p.shape} and {len(truth)} true codes')
     within('after_confirmation', 1, p.shape[1], shown=shown)
     ranked = np.argsort(-p, axis=1, kind='stable')[:, :shown]
     first, listed = ranked[:, 0] == truth, (ranked == truth[:, None]).any(1)
-    order, rows = np.argsort(p.max(1), kind='stable'), []
+    place, rows = np.argsort(np.argsort(p.max(1), kind='stable')), []   # among the notes, the least certain first
     for share in checked:
         within('after_confirmation', 0, 1, checked=share)
-        n = round(share*len(truth))
-        right = int(listed[order[:n]].sum() + first[order[n:]].sum())
-        low, high = rate_interval(right, len(truth))
-        rows.append({'checked': share, 'right': right/len(truth), 'low': low, 'high': high, 'at_random': float(first.mean() + share*(listed.mean() - first.mean()))})
+        right = np.where(place < round(share*len(truth)), listed, first)
+        low, high = share_interval(right, patients)
+        rows.append({'checked': share, 'right': float(right.mean()), 'low': low, 'high': high, 'at_random': float(first.mean() + share*(listed.mean() - first.mean()))})
     return rows
 
 def confirmation_table(rows: list) -> str:

@@ -100,8 +100,9 @@ def train(net: NoteEncoder, notes: tuple,   # (ids, primary, targets)
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], learning_rate, weight_decay=0.01)
     lengths, history, best = (ids != net.pad).sum(1), [], None
     plan, steps = batches(lengths.tolist(), batch_size, num_train_epochs, seed, bucketed=True), -(-len(ids)//batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps*num_train_epochs, pct_start=0.1)
-    with progress(total=steps*num_train_epochs, desc='tuning', unit='step') as bar:
+    planned = steps*num_train_epochs
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=planned, pct_start=0.11 if planned == 10 else 0.1)   # a tenth of ten steps is a warm-up from 0 to 0, and torch divides by its length
+    with progress(total=planned, desc='tuning', unit='step') as bar:
         for epoch in range(num_train_epochs):
             tuned.train(); losses = []
             for rows in plan[epoch*steps:(epoch + 1)*steps]:
@@ -113,10 +114,13 @@ def train(net: NoteEncoder, notes: tuple,   # (ids, primary, targets)
                 optimizer.step(); schedule.step()
                 losses.append(loss.item()); bar.update(); bar.set_postfix(epoch=epoch + 1, loss=f'{np.mean(losses[-20:]):.3f}')
             said = logits_of(tuned, held_ids)
-            history.append({'epoch': epoch + 1, 'train_loss': float(np.mean(losses)), 'validation_loss': coding_loss(*map(torch.from_numpy, (said, y_held, targets_held))).item(),
+            loss = coding_loss(*map(torch.from_numpy, (said, y_held, targets_held))).item()
+            if not np.isfinite([loss, *losses]).all(): break   # no later epoch finds back
+            history.append({'epoch': epoch + 1, 'train_loss': float(np.mean(losses)), 'validation_loss': loss,
                             'validation_accuracy': float((said.argmax(1) == y_held).mean())})
-            if history[-1]['validation_loss'] <= min(h['validation_loss'] for h in history): best = {k: v.clone() for k, v in tuned.state_dict().items()}
+            if loss <= min(h['validation_loss'] for h in history): best = {k: v.clone() for k, v in tuned.state_dict().items()}
             if len(history) - int(np.argmin([h['validation_loss'] for h in history])) > patience: break
+    if best is None: raise EdgenbError(f'tune: the encoder diverged in its first epoch, its loss is no number: lower learning_rate, which was {learning_rate:g}')
     tuned.load_state_dict(best)
     return tuned.merge_and_unload().eval(), history
 

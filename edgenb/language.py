@@ -105,7 +105,7 @@ def for_gpus(run, methods: list, merged: Path, most: int = 64   # validation not
     texts = [prompt.prefix + note + prompt.suffix + code + prompt.end for note, code in list(shown)[:most]]
     for m in methods:
         try: gpu_quantize(merged, run.out/m, m, texts)
-        except Exception as e: skipped[m] = f'LLM Compressor could not: {(str(e).splitlines() or [type(e).__name__])[0][:200]}'   # a choice for another machine ends no run
+        except Exception as e: skipped[m] = f'LLM Compressor could not ({type(e).__name__})'   # a choice for another machine ends no run; what it says may quote a note
     return skipped
 
 def _able(levels=(), **_):

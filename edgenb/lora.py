@@ -142,6 +142,7 @@ def _trainer(model, rows, held_rows, work, every, learning_rate, patience, bf16,
                                   train_sampling_strategy='sequential', eval_strategy='steps', save_strategy='steps', eval_steps=every, save_steps=every, logging_steps=every, save_total_limit=2,
                                   load_best_model_at_end=True, metric_for_best_model='eval_loss', greater_is_better=False, restore_callback_states_from_checkpoint=True, disable_tqdm=True, report_to=[],
                                   remove_unused_columns=False, dataloader_pin_memory=False, label_names=['labels'], log_level='error')
+    if arguments.n_gpu > 1: arguments._n_gpu = 1   # on several the Trainer draws a batch for each and splits it by rows: a packed one cannot be split
     trainer = OnAnswers(model=model, args=arguments, train_dataset=rows, eval_dataset=held_rows, data_collator=lambda items: items[0], callbacks=[EarlyStoppingCallback(patience), _bar(len(rows))])
     from transformers import PrinterCallback
     trainer.remove_callback(PrinterCallback)
@@ -214,7 +215,7 @@ def _history(log) -> list:   # of {'step', 'loss', 'validation_loss'}
     found = {}
     for l in log:
         found.setdefault(l['step'], {'step': l['step']}).update({to: round(l[k], 6) for k, to in (('loss', 'loss'), ('eval_loss', 'validation_loss')) if k in l})
-    return [h for h in found.values() if 'validation_loss' in h]
+    return [h for h in found.values() if math.isfinite(h.get('validation_loss', math.nan))]
 
 def _leave(folder: Path, fill):
     "A folder that `fill(path)` fills, whole or not at all."
@@ -279,6 +280,7 @@ def train(model_name_or_path: str,    # 'bundled:smollm2-135m', a hub id or a fo
         _same_run(work, digest_of([about, patience, prompt.to_dict(), [list(v) for v in (*examples, *held)]]))
         trainer = _trainer(model, _Rows(learnt, plan, make), _Rows(validated, held_plan, make), work, -(-len(learnt)//batch_size), learning_rate, patience, bf16, seed)
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+        if not trainer.state.best_global_step: raise EdgenbError(f'tune: the language model diverged, its loss on validation notes is no number: lower learning_rate, which was {learning_rate:g}')
         facts = {**about, 'steps': trainer.state.global_step, 'best_step': trainer.state.best_global_step, 'history': _history(trainer.state.log_history), 'parameters': parameters, 'trained': trained,
                  'threads': num_threads, 'device': model.device.type, 'memory': {'before_mb': round(libraries_mb), 'predicted_mb': round(libraries_mb + step['total']), 'measured_mb': round(_memory_now()), 'step_mb': step},
                  'seconds': round(time.perf_counter() - started[0], 1), 'cpu_seconds': round(time.process_time() - started[1], 1)}

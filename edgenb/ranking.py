@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['set_counts', 'f1_of', 'micro_f1', 'average_precision', 'mean_average_precision', 'top_k', 'only', 'seen_and_unseen',
-           'best_threshold', 'resampled', 'interval', 'paired_difference', 'micro', 'expected_calibration_error',
-           'abstention_curve', 'review_effort', 'abstention_figure']
+           'best_threshold', 'resampled', 'interval', 'share_interval', 'paired_difference', 'micro',
+           'expected_calibration_error', 'abstention_curve', 'review_effort', 'abstention_figure']
 
 # %% ../nbs/40_ranking.ipynb #345fef44
 import numpy as np
@@ -111,6 +111,15 @@ def interval(measure,                     # a function of the lists, such as `me
     within('interval', 0, 1, confidence=confidence)
     values = [measure(*([x[i] for i in rows] for x in lists)) for rows in resampled(len(lists[0]), draws, seed, groups)]
     return tuple(float(v) for v in np.quantile(values, [(1 - confidence)/2, (1 + confidence)/2]))
+
+def share_interval(hits,          # bool (n,), one a document
+                   groups=None    # one a document, such as its patient
+                  ) -> tuple:     # lower and upper bound
+    "Interval of a share of documents: over what they belong to where some belong together, else Wilson's."
+    from edgenb.verify import rate_interval
+    n, right = len(hits) if groups is None else len(set(groups)), int(np.sum(hits))
+    if n < len(hits) and 0 < right < len(hits): return interval(np.mean, hits, groups=groups)
+    return rate_interval(right*n//max(1, len(hits)), n)   # where all are alike so is every draw: Wilson's over groups
 
 def paired_difference(measure, truth: list, one: list, other: list, groups=None, draws: int = 1000, confidence: float = 0.95, seed: int = 0) -> dict:
     "`one` less `other` on the same documents: the difference, its interval, and the share of draws in which `one` is not better."

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from edgenb import coder, decisions as record
-from edgenb.coder import Desk, Suggestion, after_confirmation, confirmation_table, evidence, highlighted, known_code, log_odds, parsed_command, review, review_table, span_overlap, suggest, suggested, windowed
+from edgenb.coder import Desk, Suggestion, after_confirmation, confirmation_table, evidence, highlighted, known_code, log_odds, parsed_command, reading, review, review_table, span_overlap, suggest, suggested, windowed
 from edgenb.core import EdgenbError
 from edgenb.decisions import Decisions, corrections, summary_table
-from edgenb.notes import Code, Note, windows
+from edgenb.notes import REASON, Code, Note, windows
 from edgenb.pipeline import text_pipeline
 
 CODES = {'J45.909': 'Unspecified asthma, uncomplicated', 'I20.9': 'Angina pectoris, unspecified', 'E11.9': 'Type 2 diabetes mellitus without complications', 'I10': 'Essential (primary) hypertension'}
@@ -157,8 +157,8 @@ def test_a_long_note_is_as_likely_a_code_as_its_most_telling_window():
 
 class Short:
     "A bundle whose model, like any, reads the first words only."
-    def __init__(self, most=30, max_characters=2000):
-        self.pipeline, self.cues, self.most = text_pipeline(list(CODES), max_characters=max_characters), BagOfWords(), most
+    def __init__(self, most=30, max_characters=2000, sections=()):
+        self.pipeline, self.cues, self.most = text_pipeline(list(CODES), max_characters=max_characters, sections=sections), BagOfWords(), most
         self.model = lambda texts: self.cues([' '.join(str(t).split()[:most]) for t in texts])
         self.model.reads = lambda text: len(text.split()) <= most
 
@@ -176,6 +176,20 @@ def test_of_fifty_pages_the_one_that_says_it_is_read_and_shown():
     dense = 'a-b '*20 + 'insulin ' + 'a-b '*200                                # what fits is asked of the model, not guessed from words
     bundle.model.reads = lambda text: len(text.replace('-', ' ').split()) <= 30
     assert suggested(bundle, CODES, [dense], explain=1)[0][0].code == 'E11.9'
+
+
+def test_sections_that_are_not_read_cut_no_note_that_is():
+    bundle = Short(sections=REASON)
+    text = 'CC: Has insulin.\nMeds: ' + 'wheezing tablets daily, '*40 + '\nPE: ' + 'Gait steady. '*40 + '\nPlan: Neck supple.'
+    assert not bundle.model.reads(text) and str(bundle.pipeline.before(text.encode())) == 'CC: Has insulin.\nPlan: Neck supple.'   # this is what `verify` judged
+    ask, cut = reading(bundle)
+    assert cut(text) == [(0, len(text))]
+    [listed], [judged] = suggested(bundle, CODES, [text]), bundle.pipeline([text.encode()], bundle.model)['probabilities']
+    assert [s.confidence for s in listed] == pytest.approx(sorted(judged, reverse=True)[:len(listed)]) and 'insulin' in [text[b:e] for b, e, _ in listed[0].spans]
+    long = text.replace('Has insulin.', 'Has insulin. ' + 'Neck supple. '*30)
+    assert len(cut(long)) > 1 and all(len(str(bundle.pipeline.before(long[b:e].encode())).split()) <= 30 for b, e in cut(long))
+    assert cut('\x00') == [(0, 1)]
+    with pytest.raises(EdgenbError, match='is empty'): ask(['\x00'])
 
 
 def test_an_encoder_knows_what_it_reads_whole():
@@ -566,6 +580,15 @@ def test_confirmation_brings_what_counting_by_hand_says_and_never_harms(n, class
     right = [r['right'] for r in rows]
     assert right == sorted(right) and all(r['low'] <= r['right'] <= r['high'] for r in rows)
     assert rows[0]['at_random'] == pytest.approx(right[0]) and rows[-1]['at_random'] == pytest.approx(right[-1])
+
+
+def test_confirmation_is_as_sure_as_the_number_of_patients_allows():
+    rng = np.random.default_rng(0)
+    p, truth = rng.dirichlet(np.ones(4), 40), rng.integers(0, 4, 40)
+    once, often = after_confirmation(p, truth, shown=2), after_confirmation(p.repeat(10, 0), truth.repeat(10), shown=2, patients=np.repeat(np.arange(40), 10))
+    assert [r['right'] for r in often] == pytest.approx([r['right'] for r in once])
+    assert all(r['high'] - r['low'] == pytest.approx(o['high'] - o['low'], abs=0.05) for r, o in zip(often, once))   # 400 notes, of 40 patients
+    assert after_confirmation(p, truth, shown=2, patients=range(40)) == once
 
 
 def test_confirmation_in_words_and_refusals():

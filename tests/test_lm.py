@@ -221,6 +221,24 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls(tiny, prompt, not
     best = min(facts['history'], key=lambda h: h['validation_loss'])
     assert facts['steps'] < facts['planned_steps'] and facts['best_step'] == best['step'] and facts['steps'] == best['step'] + 14
 
+def test_beside_several_gpus_a_language_model_is_trained_on_one(tiny, tmp_path, monkeypatch):
+    import transformers
+    from edgenb import lora
+    class OfThree(transformers.TrainingArguments):
+        def __post_init__(self): super().__post_init__(); self._n_gpu = 3   # as the Trainer counts them
+    monkeypatch.setattr(transformers, 'TrainingArguments', OfThree)
+    trainer = lora._trainer(load_base(tiny)[0], [0]*6, [0], tmp_path, 3, 1e-3, 1, False, 0)
+    assert trainer.args.n_gpu == 1 and trainer._train_batch_size == 1 and len(trainer.get_train_dataloader()) == 6
+
+def test_a_language_model_that_diverges_is_one_line_and_leaves_no_adapter(tiny, prompt, notes, tmp_path):
+    with pytest.raises(EdgenbError, match=r'diverged.*lower learning_rate, which was 1e\+20'): tuned(tiny, prompt, notes, tmp_path, num_train_epochs=2, learning_rate=1e20)
+    assert not (tmp_path/'adapter').exists()
+
+def test_the_history_of_a_language_model_that_diverges_late_holds_numbers():
+    from edgenb.lora import _history
+    log = [{'step': 7, 'loss': 0.5}, {'step': 7, 'eval_loss': 0.4}, {'step': 14, 'loss': 0.1}, {'step': 14, 'eval_loss': float('nan')}]
+    assert _history(log) == [{'step': 7, 'loss': 0.5, 'validation_loss': 0.4}]
+
 def test_the_order_of_training_takes_every_note_once_an_epoch_and_puts_like_lengths_together():
     lengths = np.random.default_rng(0).integers(5, 200, 100).tolist()
     for bucketed in (False, True):

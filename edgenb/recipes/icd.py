@@ -69,13 +69,12 @@ def coding_row(name: str, probabilities: np.ndarray, classes, primary: list, tru
               ) -> dict:
     "What one model's ranking is worth."
     from edgenb.codes import category3
-    from edgenb.ranking import expected_calibration_error, interval, mean_average_precision, micro, top_k
-    from edgenb.verify import rate_interval
+    from edgenb.ranking import expected_calibration_error, interval, mean_average_precision, micro, share_interval, top_k
     ranked, sets = coded(probabilities if present is None else present, classes, threshold)
     hit = top_k(primary, ranked, 1)
     groups = patients if patients is not None and len(set(patients)) < len(patients) else None
     sure = lambda measure, *lists: interval(measure, *lists, groups=groups)
-    found = {'model': name, 'top-1': (float(hit.mean()), *(sure(np.mean, hit) if groups else rate_interval(int(hit.sum()), len(hit)))), 'top-5': (float(top_k(primary, ranked, 5).mean()),), '3 characters': (float(top_k(primary, ranked, 1, category3).mean()),),
+    found = {'model': name, 'top-1': (float(hit.mean()), *share_interval(hit, groups)), 'top-5': (float(top_k(primary, ranked, 5).mean()),), '3 characters': (float(top_k(primary, ranked, 1, category3).mean()),),
              'MAP': (mean_average_precision(truth, ranked), *sure(mean_average_precision, truth, ranked)), 'micro-F1': (micro(truth, sets), *sure(micro, truth, sets)),
              'calibration error': (expected_calibration_error(hit, probabilities.max(1)),)}
     if unseen is not None and unseen.any(): found |= {'said as in training': (float(hit[~unseen].mean()),), 'said otherwise': (float(hit[unseen].mean()),)}
@@ -92,10 +91,11 @@ def verdict(ships: str,           # the family that is packed: 'language model' 
             rows: list, chosen: str | None,   # of its `verify`
             tolerance: float,
             right: dict,          # family -> bool (n,): as it would ship it names the primary code, on the same test notes
-            data_kind: str) -> str:
+            data_kind: str,
+            patients=None         # one a note: the intervals are over patients, where some have several notes
+           ) -> str:
     "What the reports mean, for the person who has to decide."
-    from edgenb.ranking import paired_difference
-    from edgenb.verify import rate_interval
+    from edgenb.ranking import paired_difference, share_interval
     built = [r for r in rows if r['runtime'] != 'torch' and r['artifact'] != 'gguf-base']
     if chosen is None: return f'No file of the {ships} may ship. ' + ' '.join(f"{r['artifact']}: {r['reason']}." for r in built)
     r, wide = next(r for r in rows if r['artifact'] == chosen), next((r for r in rows if r['artifact'] in ('gguf-f16', 'onnxruntime-fp32')), None)
@@ -103,10 +103,10 @@ def verdict(ships: str,           # the family that is packed: 'language model' 
     said = [f"The {ships} as {chosen} ({r['size_mb']:.0f} MB" + (f", {wide['size_mb']/r['size_mb']:.1f} times smaller than {wide['artifact']}" if wide and wide is not r else '') + f") {'may ship' if r['verdict'] == 'pass' else 'is ' + r['verdict']}: "
             f"against the model that was tuned it loses at most {max(0, -r['delta_low']):.1%} of the primary codes (tolerance {tolerance:.1%}), in {r['p95_ms']:.0f} ms a note at the 95th percentile."]
     if refused := [x['artifact'] for x in built if x['verdict'] == 'fail']: said.append(f"Refused: {', '.join(refused)}.")
-    rates = {family: (np.mean(hit), *rate_interval(int(np.sum(hit)), len(hit))) for family, hit in right.items()}
+    rates = {family: (np.mean(hit), *share_interval(hit, patients)) for family, hit in right.items()}
     said.append('As shipped, ' + ', '.join(f'the {f} names {v:.1%} [{low:.1%}, {high:.1%}]' for f, (v, low, high) in rates.items()) + f' of the primary codes of {data_kind} test notes.')
     for other in [f for f in right if f != ships]:
-        d = paired_difference(lambda _, hit: float(np.mean(hit)), right[ships], right[ships], right[other])
+        d = paired_difference(lambda _, hit: float(np.mean(hit)), right[ships], right[ships], right[other], groups=patients)
         low, high = d['interval']
         better = f'the {ships} is the better coder here' if low > 0 else f'the {other} is the better coder here' if high < 0 else 'neither is proven better than the other'
         said.append(f"On the same notes the {ships} is right {100*d['difference']:+.1f} points [{100*low:+.1f}, {100*high:+.1f}] beside the {other}: {better}.")
