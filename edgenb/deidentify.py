@@ -6,7 +6,7 @@ __all__ = ['shift_date', 'move_spans', 'Deidentifier']
 # %% ../nbs/38_deidentify.ipynb #0dbdda67
 import bisect, datetime, functools, hashlib, hmac, random, secrets
 from .core import EdgenbError, progress
-from .identifiers import LANGUAGES, MONTHS, PARTICLES, PLACE_WORDS, WEEKDAYS, Finder, name_patterns, words
+from .identifiers import LANGUAGES, MONTHS, PLACE_WORDS, WEEKDAYS, Finder, name_patterns, particles, words
 
 # %% ../nbs/38_deidentify.ipynb #28d0a4cc
 def _draw(key: bytes, *what) -> random.Random:
@@ -107,19 +107,21 @@ def _date_token(token, role, new, days, padded, tight):
 
 # %% ../nbs/38_deidentify.ipynb #29ecefe9
 def _name(key, patient, text, language, seen):
-    "Word by word; an initial becomes that of the surrogate of a given name in `seen` which begins with it."
+    "Word by word but for its particles; an initial becomes that of the surrogate of a given name in `seen` which begins with it; digits, which own names may have, become others."
     import regex
+    leading = particles(text)
     lists = ['female', 'male', 'surnames', 'female_es', 'male_es', 'surnames_es']
     lists = lists if language == 'en' else lists[3:] + lists[:3]
     fallback = 'surnames' if language == 'en' else 'surnames_es'
     def one(m):
         word = m[0]
-        if word.lower() in PARTICLES: return word
+        if m.start() in leading: return word
+        if word[0].isdigit(): return _digits(key, patient, 'name', word)
         if len(word) == 1:   # initials of the list stand for all letters
             whole = next((w for w in seen if w[0].upper() == word.upper()), None)
             return _cased((_other(key, patient, whole, lists, fallback) if whole else _draw(key, patient, 'initial', word.upper()).choice([c for c in 'ABCDEGHJKLMNPRSTVW' if c != word.upper()]))[0], word)
         return _cased(_other(key, patient, word, lists, fallback), word)
-    return regex.sub(r"\p{L}[\p{L}\p{M}]*(?:['’]\p{L}{2,})*", one, text)
+    return regex.sub(r"\p{L}[\p{L}\p{M}]*(?:['’]\p{L}{2,})*|\d+", one, text)
 
 def _place(key, patient, kind, text, name):
     "Other words where those of the name stand; what it is called after stays."

@@ -126,6 +126,25 @@ def test_known_names_are_found_in_any_letters_but_not_in_an_eponym():
     new, _ = d.replace("ann bell has Bell's palsy. BELL resting. zuz ny came")
     assert "Bell's palsy" in new and not re.search(r"ann bell|BELL resting|zuz ny", new)
 
+@pytest.mark.parametrize('note,gone', [('Seen by Dr. Das today', 'Das'), ('Mrs. Do came', 'Do'), ('Mr. Le was here. Then Mrs. Le left', 'Le'), ('Patient: Thanh Le', 'Thanh|Le'), ('Patient: Le, Thanh', 'Thanh|Le'), ('Mr. El Sayed is here', 'Sayed'), ('Minh Le MD', 'Minh|Le'),
+                                       ('Mr. Van. Later Van denied pain', 'Van'), ('dr das came', 'das'), ('Dr. Le de Vries', 'Le|Vries'), ('Seen by John E. Smith', r'E\.'), ('MR. DE LA CRUZ', 'CRUZ'), ('Dr. Al', 'Al'), ('signed: Van Le', 'Van|Le')])
+def test_a_surname_that_is_also_a_particle_is_replaced(english, note, gone):
+    new, _ = english.replace(note)
+    assert not re.search(rf'\b(?:{gone})(?!\w)', new) and new != note
+
+def test_a_particle_stays_where_it_leads_to_a_name_and_where_it_is_an_ordinary_word(english, spanish):
+    for note, kept in (('Dr. van der Berg', 'Dr. van der '), ('Mr. De la Cruz', 'Mr. De la '), ('Mr. El Sayed', 'Mr. El ')): assert english.replace(note)[0].startswith(kept) and english.replace(note)[0] != note
+    assert spanish.replace('Sra. de la Cruz')[0].startswith('Sra. de la ') and 'Cruz' not in spanish.replace('Sra. de la Cruz')[0]
+    for d, note in ((english, 'Do not call. LE edema. Patient: LE swelling'), (spanish, 'Avisado el Dr. El paciente refiere dolor. Sr. de la clínica')): assert d.replace(note) == (note, [])
+    assert english.replace('Mrs. Do came. Do not call. Dr. Smith DO')[0].endswith(' DO') and 'Do not call' in english.replace('Mrs. Do came. Do not call.')[0]
+    assert 'Do ' not in spanish.replace('Sra. Do acude')[0]
+    assert ' El paciente' in spanish.replace('Dr. García El paciente refiere dolor')[0]
+
+def test_known_names_are_always_replaced_those_with_digits_by_digits():
+    d = Deidentifier(names=['Le', '4711', 'Haus 7', 'van der Berg'], key=KEY)
+    new, _ = d.replace('le came to room 4711 in Haus 7, value 47112, in a van')
+    assert re.fullmatch(r'(?!le)\w+ came to room (?!4711)\d{4} in (?!Haus)\w+ (?!7)\d, value 47112, in a van', new)
+
 def test_recall_on_the_held_out_notes_does_not_fall(english, spanish):
     rows = {r['kind']: r for r in recall_report(english, phi_test(1, 60))}
     assert rows['all']['recall'] > .9 and rows['name']['recall'] > .8 and rows['all']['destroyed'] <= .04*rows['all']['clinical_terms'] and rows['all']['precision'] > .93
