@@ -82,6 +82,15 @@ def test_below_the_recall_that_is_asked_for_nothing_is_read(source, tmp_path):
     assert not list(run.path.glob('01-data*'))
 
 
+def test_recall_is_that_of_the_text_which_is_left(source, tmp_path, monkeypatch):
+    from edgenb import records
+    from edgenb.deidentify import Deidentifier
+    monkeypatch.setattr(records, '_recall_rows', records._recall_rows.__wrapped__)
+    assert records._measured_recall('en', (), 20, 0.3, 0)
+    monkeypatch.setattr(Deidentifier, 'replace', lambda self, text, patient='': (text, [(f.start, f.end, f.start, f.end, f.kind) for f in self.find(text)]))
+    with pytest.raises(EdgenbError, match='does not reach.* 0 of'): records._measured_recall('en', (), 20, 0.3, 0)
+
+
 def test_codes_that_do_not_exist_are_named_and_left_out(tmp_path):
     from edgenb.records import data
     odd = visits()
