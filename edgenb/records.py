@@ -15,7 +15,7 @@ import numpy as np
 from .certificate import Duplicates, gate, label_noise, out_of_fold
 from .core import EdgenbError, digest, file_errors, progress, room, within, write_atomic, write_json
 from .data import Example, Unit, examples_of, save_examples, split
-from .notes import REASON, Code, Note, primary, read_notes, relevant, save_notes, windows
+from .notes import REASON, Code, Note, _decoded, primary, read_notes, relevant, save_notes, windows
 from .runtime import LIBRARIES
 
 # %% ../nbs/50_records.ipynb #905cde18
@@ -78,7 +78,7 @@ def _outside(source, extra, own_names, **_):
 
 def _names(own_names: str) -> tuple:
     "Lines of a text file; none without one."
-    return tuple(l.strip() for l in Path(own_names).read_text(encoding='utf-8').splitlines() if l.strip()) if own_names else ()
+    return tuple(l.strip() for l in _decoded(Path(own_names)).splitlines() if l.strip()) if own_names else ()
 
 def workspace_secret(run) -> bytes:   # 32 bytes; in `.secret` beside the pool, for its owner only
     "What surrogates and the ids of notes follow from, made once, so that runs of a workspace agree. It goes into no card, bundle or log: names can be guessed, and with it a guess could be tried."

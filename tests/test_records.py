@@ -82,6 +82,20 @@ def test_below_the_recall_that_is_asked_for_nothing_is_read(source, tmp_path):
     assert not list(run.path.glob('01-data*'))
 
 
+def test_a_file_of_own_names_is_read_with_a_mark_and_refused_in_one_line_where_it_is_no_utf_8_text(source, tmp_path):
+    from edgenb.deidentify import Deidentifier
+    from edgenb.records import _names, data
+    own = tmp_path/'own.txt'
+    own.write_bytes('Zuzny\r\n\r\n Muñoz \r\n'.encode('utf-8-sig'))
+    assert _names(str(own)) == ('Zuzny', 'Muñoz') and 'zuzny' not in Deidentifier(names=_names(str(own))).replace('mom brings zuzny')[0]
+    own.write_bytes('Anders\nMuñoz\n'.encode('cp1252'))
+    with pytest.raises(EdgenbError, match='own.txt, line 2: byte 0xf1 is not UTF-8.*save the file as UTF-8') as e: data(Run(tmp_path/'run'), source=source, own_names=str(own), **READING)
+    assert 'Mu' not in str(e.value) and '\n' not in str(e.value)
+    with pytest.raises(EdgenbError, match='there is no file .* that can be read'): data(Run(tmp_path/'run'), source=source, own_names=str(tmp_path), **READING)
+    with pytest.raises(EdgenbError, match='does not exist'): data(Run(tmp_path/'run'), source=source, own_names=str(tmp_path/'none.txt'), **READING)
+    with pytest.raises(EdgenbError, match='there is no file'): _names(str(tmp_path/'none.txt'))
+
+
 def test_recall_is_that_of_the_text_which_is_left(source, tmp_path, monkeypatch):
     from edgenb import records
     from edgenb.deidentify import Deidentifier
