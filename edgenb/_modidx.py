@@ -1037,6 +1037,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'edgenb.records._outside': ('records.html#_outside', 'edgenb/records.py'),
                                 'edgenb.records._outside_learn': ('records.html#_outside_learn', 'edgenb/records.py'),
                                 'edgenb.records._recall_rows': ('records.html#_recall_rows', 'edgenb/records.py'),
+                                'edgenb.records._secret_path': ('records.html#_secret_path', 'edgenb/records.py'),
+                                'edgenb.records._secrets': ('records.html#_secrets', 'edgenb/records.py'),
                                 'edgenb.records.alike': ('records.html#alike', 'edgenb/records.py'),
                                 'edgenb.records.cut': ('records.html#cut', 'edgenb/records.py'),
                                 'edgenb.records.data': ('records.html#data', 'edgenb/records.py'),

@@ -20,6 +20,10 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _own_secrets(tmp_path, monkeypatch): monkeypatch.setattr('edgenb.records._secrets', lambda: tmp_path/'secrets')
+
+
 def visits(per_code=26):
     "Synthetic notes of three codes, two visits a patient, each with a name, a number and a date."
     rng, found = np.random.default_rng(0), []
@@ -413,6 +417,33 @@ def test_a_damaged_secret_is_one_clear_line(tmp_path):
     assert workspace_secret(run) == workspace_secret(run)
     (run.pool.parent/'.secret').write_bytes(b'half')
     with pytest.raises(EdgenbError, match='damaged.*32 bytes'): workspace_secret(run)
+
+
+def test_a_run_that_is_handed_over_holds_no_secret_and_agrees_with_itself(source, tmp_path):
+    from edgenb.records import data, workspace_secret
+    run = Run(tmp_path/'handover')
+    card = data(run, source=source, **READING)
+    [kept] = (tmp_path/'secrets').iterdir()
+    secret = workspace_secret(Run(tmp_path/'handover'))
+    assert len(secret) == 32 and kept.read_bytes() == secret and kept.stat().st_mode & 0o777 == 0o600 and kept.parent.stat().st_mode & 0o777 == 0o700
+    left = [p for p in run.path.rglob('*') if p.is_file()]
+    assert card.result['classes'] and not any('secret' in p.name or secret in p.read_bytes() or secret.hex().encode() in p.read_bytes() for p in left)
+    assert workspace_secret(Run(tmp_path/'beside', pool=run.pool)) == secret and not list(tmp_path.rglob('.secret'))   # a pool in another run's folder
+    assert workspace_secret(Run(tmp_path/'other')) != secret
+    (tmp_path/'link').symlink_to(run.path)
+    assert workspace_secret(Run(tmp_path/'link')) == secret
+
+
+def test_a_secret_that_lay_in_a_run_moves_out_and_one_beside_the_runs_stays(tmp_path, monkeypatch):
+    from edgenb.records import workspace_secret
+    (tmp_path/'handover/.rooms').mkdir(parents=True); (tmp_path/'handover/.secret').write_bytes(b'h'*32)
+    assert [workspace_secret(Run(tmp_path/'handover')) for _ in range(2)] == [b'h'*32]*2 and not (tmp_path/'handover/.secret').exists()
+    shared = Run.start('a', tmp_path/'runs')
+    (tmp_path/'runs/a/.secret').write_bytes(b's'*32)
+    assert workspace_secret(shared) == workspace_secret(Run.start('a', tmp_path/'runs')) == b's'*32 == (tmp_path/'runs/a/.secret').read_bytes()
+    monkeypatch.setattr('edgenb.records._secrets', lambda: tmp_path/'lone/cache')
+    with pytest.raises(EdgenbError, match='handed over with it: set EDGENB_CACHE'): workspace_secret(Run(tmp_path/'lone'))
+    assert not (tmp_path/'lone').exists()
 
 
 def test_a_note_in_another_language_is_read_in_its_own(tmp_path):
