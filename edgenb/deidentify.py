@@ -4,46 +4,51 @@
 __all__ = ['shift_date', 'move_spans', 'Deidentifier']
 
 # %% ../nbs/38_deidentify.ipynb #0dbdda67
-import bisect, datetime, functools, hashlib, hmac, random, secrets
+import bisect, datetime, functools, hashlib, hmac, itertools, random, re, secrets, unicodedata
 from .core import EdgenbError, progress
-from .identifiers import LANGUAGES, MONTHS, PARTICLES, PLACE_WORDS, WEEKDAYS, Finder, name_patterns, words
+from .identifiers import LANGUAGES, MONTHS, PLACE_WORDS, WEEKDAYS, Finder, name_patterns, particles, words
 
 # %% ../nbs/38_deidentify.ipynb #28d0a4cc
 def _draw(key: bytes, *what) -> random.Random:
     "Random numbers that follow from the key and `what`."
     return random.Random(hmac.new(key, '\0'.join(map(str, what)).encode('utf-8', 'surrogatepass'), hashlib.sha256).digest())
 
+def _bare(text): return set(re.findall(r'[^\W\d_]+', ''.join(c for c in unicodedata.normalize('NFKD', text) if not unicodedata.combining(c)).casefold()))   # words without case and accents
+
+@functools.cache
+def _list(name): return tuple({frozenset(_bare(w)): w for w in words()[name]}.values())
+
 @functools.lru_cache(maxsize=4096)
 def _circle(key, patient, name):
     "(list in a shuffled order, where a word of it stands)"
-    order = list(dict.fromkeys(words()[name]))
+    order = list(_list(name))
     _draw(key, patient, 'list', name).shuffle(order)
     return order, {w.lower(): i for i, w in enumerate(order)}
 
 def _other(key, patient, word, names, fallback):
-    "Another word of the first list of `names` that holds `word`; where none does, one of `fallback`."
+    "Another word of the first list of `names` that holds `word`; where none does, one of `fallback` that has none of its words."
     low = word.lower()
     for name in names:
         order, at = _circle(key, patient, name)
         if low in at: return order[(at[low] + 1) % len(order)]
     order, _ = _circle(key, patient, fallback)
-    return order[_draw(key, patient, fallback, low).randrange(len(order))]
+    first, own = _draw(key, patient, fallback, low).randrange(len(order)), _bare(word)
+    return next(w for w in order[first:] + order[:first] if not own & _bare(w))
 
 def _cased(word: str, like: str) -> str:
     "`word` in the case of `like`."
     if len(like) > 1 and like.isupper(): return word.upper()
     return word.lower() if like.islower() else word
 
-def _digits(key, patient, kind, text, floor=4):
+def _digits(key, patient, kind, text):
     "Other digits and letters in the same places, the same for the same ones however they are punctuated; letters only where they stand with digits."
     plain = ''.join(c for c in text if c.isalnum()).upper()
-    for attempt in range(9):
+    for attempt in itertools.count():
         draw = _draw(key, patient, kind, plain, attempt)
         one = lambda c, first: draw.choice('123456789' if first and c != '0' else '0123456789') if c.isdigit() else _cased(draw.choice('ABCDEFGHJKLMNPRSTUVWXYZ'), c) if c.isalpha() else c
         out, first = [], True
         for c in text: out.append(one(c, first)); first = first and not c.isdigit()
-        if ''.join(out) != text: break
-    return ''.join(out)
+        if ''.join(out) != text or not any(c.isdigit() or c.isalpha() for c in text): return ''.join(out)
 
 # %% ../nbs/38_deidentify.ipynb #dbd4737f
 def _month(word):
@@ -107,19 +112,22 @@ def _date_token(token, role, new, days, padded, tight):
 
 # %% ../nbs/38_deidentify.ipynb #29ecefe9
 def _name(key, patient, text, language, seen):
-    "Word by word; an initial becomes that of the surrogate of a given name in `seen` which begins with it."
+    "Word by word but for its particles; an initial becomes that of the surrogate of a given name in `seen` which begins with it, unless that is the same; digits, which own names may have, become others."
     import regex
+    leading = particles(text)
     lists = ['female', 'male', 'surnames', 'female_es', 'male_es', 'surnames_es']
     lists = lists if language == 'en' else lists[3:] + lists[:3]
     fallback = 'surnames' if language == 'en' else 'surnames_es'
     def one(m):
         word = m[0]
-        if word.lower() in PARTICLES: return word
+        if m.start() in leading: return word
+        if word[0].isdigit(): return _digits(key, patient, 'name', word)
         if len(word) == 1:   # initials of the list stand for all letters
             whole = next((w for w in seen if w[0].upper() == word.upper()), None)
-            return _cased((_other(key, patient, whole, lists, fallback) if whole else _draw(key, patient, 'initial', word.upper()).choice([c for c in 'ABCDEGHJKLMNPRSTVW' if c != word.upper()]))[0], word)
+            new = _other(key, patient, whole, lists, fallback)[0] if whole else word
+            return _cased(new if _bare(new) != _bare(word) else _draw(key, patient, 'initial', word.upper()).choice([c for c in 'ABCDEGHJKLMNPRSTVW' if c.lower() not in _bare(word)]), word)
         return _cased(_other(key, patient, word, lists, fallback), word)
-    return regex.sub(r"\p{L}[\p{L}\p{M}]*(?:['’]\p{L}{2,})*", one, text)
+    return regex.sub(r"\p{L}[\p{L}\p{M}]*(?:['’]\p{L}{2,})*|\d+", one, text)
 
 def _place(key, patient, kind, text, name):
     "Other words where those of the name stand; what it is called after stays."
@@ -128,7 +136,8 @@ def _place(key, patient, kind, text, name):
     own = [m for m in runs if m[0].lower() not in PLACE_WORDS and m[0].lower().rstrip('.') not in PLACE_WORDS]
     if kind == 'street': own = [m for m in own if len(m[0]) > 1]
     elif kind == 'hospital' and own and own[0].start() > 3 and regex.match(r'(?i)(?:st|saint|mt|mount)\b\.? ', text): own = [runs[0], *own]
-    if not own: return _digits(key, patient, kind, text) if kind == 'street' else text
+    if not own and (kind == 'street' or not runs): return _digits(key, patient, kind, text)
+    own = own or runs
     low = ' '.join(m[0].lower() for m in own)
     start = min(m.start() for m in own) if kind == 'street' or regex.match(r'(?i)(?:st|saint|mt)\b', text) is None else 0
     new = _cased(_other(key, patient, low, [name], name), text[own[0].start():own[0].end()])
@@ -148,13 +157,15 @@ def _surrogate(key, patient, f, text, language, seen, days):
     if f.kind == 'city': return _cased(_other(key, patient, text, ['cities' + es], 'cities' + es), text)
     if f.kind == 'email': return f"{_other(key, patient, text, [], 'surnames').lower()}{_draw(key, patient, 'email', text.lower()).randrange(100, 1000)}@example.org"
     if f.kind == 'web':
-        number = _draw(key, patient, 'web', text.lower()).randrange(1, 255)
+        number = _draw(key, patient, 'web', text.lower()).choice([n for n in range(1, 255) if not text.lower().endswith((f'.{n}', f'/{n}', f':{n:x}'))])
         if text.replace('.', '').isdigit(): return f'192.0.2.{number}'
         return f'2001:db8:0:0:0:{number:x}' if text.count(':') > 2 else f"{'https://' if '://' in text else ''}example.org/{number}"
     new = _digits(key, patient, f.kind, text)
     digits = [c for c in new if c.isdigit()]
     if f.kind != 'phone' or language != 'en' or len(digits) not in (7, 10): return new
-    fixed = iter(digits[:-7] + list('55501') + digits[-2:])   # 555-01xx is nobody's
+    last = digits[-2:]
+    if [c for c in text if c.isdigit()][-2:] == last: last[1] = str((int(last[1]) + 1) % 10)   # the number may have been nobody's before
+    fixed = iter(digits[:-7] + list('55501') + last)   # 555-01xx is nobody's
     return ''.join(next(fixed) if c.isdigit() else c for c in new)
 
 def move_spans(spans: list,        # of (start, end) in the old text
@@ -189,7 +200,7 @@ class Deidentifier(Finder):
                ) -> tuple:               # (new text, list of (old start, old end, new start, new end, kind))
         "A note with surrogates in place of its identifiers, and where they stand."
         found = self.find(text)
-        days = _draw(self._key, patient, 'days').choice([n for n in range(-365, 366) if abs(n) > 7])
+        days = _draw(self._key, patient, 'days').choice([n for n in range(-364, 365) if abs(n) > 30])   # days less would leave 'March 2024' as it is, a year '3/14'
         word = name_patterns()['word']
         seen = [w for f in found if f.kind == 'name' for w in word.findall(text[f.start:f.end]) if len(w) > 1 and w.lower() in words()['given']]
         out, mapping, at, length = [], [], 0, 0

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from importlib.resources import files
 import numpy as np
 from .core import EdgenbError, within
-from .identifiers import KINDS, LANGUAGES, MONTHS, Found
+from .identifiers import KINDS, LANGUAGES, MONTHS, Found, particles
 
 # %% ../nbs/55_recall.ipynb #24a21968
 HALVES = ('test', 'development')
@@ -95,7 +95,18 @@ def _recall_interval(rows, confidence, seed=0):   # rows: (cluster, there, found
     return min(low, float(a)), max(high, float(b))
 
 # %% ../nbs/55_recall.ipynb #8d9049fe
-def recall_report(deidentifier,               # a Deidentifier, or anything with `find`
+def _stayed(old, new, kind):
+    "Where in `old` stands what `new` still has: of a name each word, of anything else the whole."
+    if kind != 'name': return [(0, len(old))] if old.casefold() == new.casefold() else []
+    was, now = list(re.finditer(r'[^\W_]+', old)), re.findall(r'[^\W_]+', new.casefold())
+    return [m.span() for i, m in enumerate(was) if (m[0].casefold() == now[i] if len(was) == len(now) else m[0].casefold() in now)]
+
+def _answer(deidentifier, text):   # (list of Found, list of spans that are found but left)
+    if not hasattr(deidentifier, 'replace'): return deidentifier.find(text), []
+    new, mapping = deidentifier.replace(text)
+    return [Found(a, b, kind) for a, b, _, _, kind in mapping], [(a + x, a + y) for a, b, c, d, kind in mapping for x, y in _stayed(text[a:b], new[c:d], kind)]
+
+def recall_report(deidentifier,               # a Deidentifier, judged by what it leaves in the note, or anything with `find`
                   test: list,                 # of (text, list of Found, clinical terms, cluster): `phi_test`, whose clusters are templates, or notes of yours with whose each is
                   confidence: float = 0.95,
                   synthetic: bool = False     # only of synthetic notes it is said which words were replaced
@@ -104,12 +115,14 @@ def recall_report(deidentifier,               # a Deidentifier, or anything with
     if not test: raise EdgenbError('there are no notes to measure recall on')
     there, got, said, right, terms, destroyed, seen, start = Counter(), Counter(), Counter(), Counter(), 0, Counter(), defaultdict(list), time.perf_counter()
     plain, replaced = 0, Counter()
-    answers = [deidentifier.find(text) for text, *_ in test]
+    answers = [_answer(deidentifier, text) for text, *_ in test]
     ms = (time.perf_counter() - start)*1000/len(test)
-    for (text, truth, clinical, cluster), found in zip(test, answers):
+    for (text, truth, clinical, cluster), (found, left) in zip(test, answers):
         covered, real = bytearray(len(text)), bytearray(len(text))
         for f in found: covered[f.start:f.end] = b'\1'*(f.end - f.start)
         for f in truth: real[f.start:f.end] = b'\1'*(f.end - f.start)
+        leading = {f.start + i for f in truth if left and f.kind == 'name' for i in particles(text[f.start:f.end])}   # 'van der' may stay
+        for a, b in left: covered[a:b] = bytes([covered[a] and a in leading])*(b - a)
         for f in truth:
             whole = all(covered[i] or not text[i].isalnum() for i in range(f.start, f.end))
             there[f.kind] += 1; got[f.kind] += whole

@@ -13,10 +13,11 @@ from importlib.resources import files
 from pathlib import Path
 import numpy as np
 from .certificate import Duplicates, gate, label_noise, out_of_fold
-from .core import EdgenbError, digest, file_errors, progress, room, within, write_atomic, write_json
+from .core import EdgenbError, digest, digest_of, file_errors, progress, room, within, write_atomic, write_json
 from .data import Example, Unit, examples_of, save_examples, split
-from .notes import REASON, Code, Note, primary, read_notes, relevant, save_notes, windows
+from .notes import REASON, Code, Note, _decoded, primary, read_notes, relevant, save_notes, windows
 from .runtime import LIBRARIES
+from .weights import cache_folder
 
 # %% ../nbs/50_records.ipynb #905cde18
 def alike(texts: list, least: float = 0.9   # share of word triples in common (Jaccard index)
@@ -78,19 +79,35 @@ def _outside(source, extra, own_names, **_):
 
 def _names(own_names: str) -> tuple:
     "Lines of a text file; none without one."
-    return tuple(l.strip() for l in Path(own_names).read_text(encoding='utf-8').splitlines() if l.strip()) if own_names else ()
+    return tuple(l.strip() for l in _decoded(Path(own_names)).splitlines() if l.strip()) if own_names else ()
 
-def workspace_secret(run) -> bytes:   # 32 bytes; in `.secret` beside the pool, for its owner only
-    "What surrogates and the ids of notes follow from, made once, so that runs of a workspace agree. It goes into no card, bundle or log: names can be guessed, and with it a guess could be tried."
-    path = run.pool.parent/'.secret'
+def _secrets() -> Path:
+    "The user's secrets of runs that stand alone, beside the cache of weights: a cache is copied to other machines, and cleaned."
+    return cache_folder().absolute().with_name(f'{cache_folder().absolute().name}-secrets')
+
+def _secret_path(run) -> Path:
+    "`.secret` beside a pool that runs share; of a pool inside a run's folder, which is handed over as a whole, a file of the user's instead."
+    home = run.pool.parent.resolve()
+    if not (home.is_relative_to(run.path.resolve()) or any(home.glob('[0-9][0-9]-*.json'))): return home/'.secret'
+    path = (_secrets()/digest_of(str(home))).resolve()
+    if path.is_relative_to(home): raise EdgenbError(f'the secret of the workspace would lie in the run\'s folder {home} and be handed over with it: set EDGENB_CACHE to a folder elsewhere')
+    return path
+
+def workspace_secret(run) -> bytes:   # 32 bytes, in a file for its owner only, which is in no run's folder
+    "What surrogates and the ids of notes follow from, made once, so that runs of a workspace agree. It goes into no card, bundle or log, nor where they lie: names can be guessed, and with it a guess could be tried."
+    path, inside = _secret_path(run), run.pool.parent/'.secret'
     with file_errors(path):
         if not path.exists():
-            fresh = path.with_name(f'.secret.{os.getpid()}.tmp')
-            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'wb') as f: f.write(secrets.token_bytes(32)); f.flush(); os.fsync(f.fileno())
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            secret = secrets.token_bytes(32)
+            with contextlib.suppress(FileNotFoundError): secret = inside.read_bytes()   # a run of before
+            fresh = path.with_name(f'.{path.name.lstrip(".")}.{os.getpid()}.tmp')
+            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'wb') as f: f.write(secret); f.flush(); os.fsync(f.fileno())
             try:
                 with contextlib.suppress(FileExistsError): os.link(fresh, path)   # another run may have been first
             finally: fresh.unlink()
         secret = path.read_bytes()
+        if path.name != inside.name: inside.unlink(missing_ok=True)
     if len(secret) != 32: raise EdgenbError(f'{path} is damaged: it must hold 32 bytes. Remove it, and the next run makes another; its surrogates and ids are then others too')
     return secret
 
@@ -99,10 +116,10 @@ def _of(secret: bytes, purpose: str) -> bytes: return hmac.digest(secret, purpos
 @functools.cache
 def _recall_rows(language, names, notes, seed):
     "The rows of the de-identification test, made once a process: two families of models read the same notes."
-    from edgenb.identifiers import Finder
+    from edgenb.deidentify import Deidentifier
     from edgenb.recall import clinic_test, phi_test, recall_report
-    finder = Finder(language, names=names)
-    rows, visits = recall_report(finder, phi_test(seed, notes, language=language), synthetic=True), recall_report(finder, clinic_test(seed, notes, language), synthetic=True)[-1]
+    reader = Deidentifier(language, names=names, key=bytes(32))   # any key: it only draws the surrogates, none of which is what it replaces
+    rows, visits = recall_report(reader, phi_test(seed, notes, language=language), synthetic=True), recall_report(reader, clinic_test(seed, notes, language), synthetic=True)[-1]
     rows[-1]['invented visits'] = {k: visits[k] for k in ('notes', 'words', 'words_replaced', 'replaced')}
     return rows
 

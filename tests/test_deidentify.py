@@ -126,6 +126,57 @@ def test_known_names_are_found_in_any_letters_but_not_in_an_eponym():
     new, _ = d.replace("ann bell has Bell's palsy. BELL resting. zuz ny came")
     assert "Bell's palsy" in new and not re.search(r"ann bell|BELL resting|zuz ny", new)
 
+@pytest.mark.parametrize('note,gone', [('Seen by Dr. Das today', 'Das'), ('Mrs. Do came', 'Do'), ('Mr. Le was here. Then Mrs. Le left', 'Le'), ('Patient: Thanh Le', 'Thanh|Le'), ('Patient: Le, Thanh', 'Thanh|Le'), ('Mr. El Sayed is here', 'Sayed'), ('Minh Le MD', 'Minh|Le'),
+                                       ('Mr. Van. Later Van denied pain', 'Van'), ('dr das came', 'das'), ('Dr. Le de Vries', 'Le|Vries'), ('Seen by John E. Smith', r'E\.'), ('MR. DE LA CRUZ', 'CRUZ'), ('Dr. Al', 'Al'), ('signed: Van Le', 'Van|Le')])
+def test_a_surname_that_is_also_a_particle_is_replaced(english, note, gone):
+    new, _ = english.replace(note)
+    assert not re.search(rf'\b(?:{gone})(?!\w)', new) and new != note
+
+def test_a_particle_stays_where_it_leads_to_a_name_and_where_it_is_an_ordinary_word(english, spanish):
+    for note, kept in (('Dr. van der Berg', 'Dr. van der '), ('Mr. De la Cruz', 'Mr. De la '), ('Mr. El Sayed', 'Mr. El ')): assert english.replace(note)[0].startswith(kept) and english.replace(note)[0] != note
+    assert spanish.replace('Sra. de la Cruz')[0].startswith('Sra. de la ') and 'Cruz' not in spanish.replace('Sra. de la Cruz')[0]
+    for d, note in ((english, 'Do not call. LE edema. Patient: LE swelling'), (spanish, 'Avisado el Dr. El paciente refiere dolor. Sr. de la clínica')): assert d.replace(note) == (note, [])
+    assert english.replace('Mrs. Do came. Do not call. Dr. Smith DO')[0].endswith(' DO') and 'Do not call' in english.replace('Mrs. Do came. Do not call.')[0]
+    assert 'Do ' not in spanish.replace('Sra. Do acude')[0]
+    assert ' El paciente' in spanish.replace('Dr. García El paciente refiere dolor')[0]
+
+def test_known_names_are_always_replaced_those_with_digits_by_digits():
+    d = Deidentifier(names=['Le', '4711', 'Haus 7', 'van der Berg'], key=KEY)
+    new, _ = d.replace('le came to room 4711 in Haus 7, value 47112, in a van')
+    assert re.fullmatch(r'(?!le)\w+ came to room (?!4711)\d{4} in (?!Haus)\w+ (?!7)\d, value 47112, in a van', new)
+
+def test_no_surrogate_is_what_it_replaces():
+    from edgenb.deidentify import _surrogate
+    said = {'name': ['Smith', 'García', 'Garcia', 'J. Smith', 'John', 'J', 'Le', 'O\'Brien', 'Zuzny', 'Room 7', '4'], 'city': ['Chicago', 'New York', 'york', 'San Leandro'], 'zip': ['44107', '0'], 'record': ['7', 'A-1'], 'ssn': ['512-44-9012'],
+            'street': ['14 Oak Hill Rd', '5 Oak St', 'PO Box 1', 'Calle Mayor 12'], 'phone': ['555-0134', '(617) 555-0100', '555 0199', '4412'], 'email': ['cox@example.org', 'smith123@example.org'],
+            'web': ['192.0.2.7', 'example.org/9', 'https://example.org/44', '2001:db8:0:0:0:f'], 'hospital': ["St Mary's Hospital", "St. Mary's", 'Hospital La Fe', 'Ramón y Cajal', 'Hospital General', 'Community Hospital']}
+    for language in ('en', 'es'):
+        for kind, texts in said.items():
+            for text in texts:
+                for patient in range(300): assert _surrogate(KEY.encode(), str(patient), Found(0, len(text), kind), text, language, ['John'], 40).casefold() != text.casefold(), (kind, text)
+    for n in ('female', 'male', 'surnames', 'female_es', 'male_es', 'surnames_es'):
+        for w in set(words()[n]): assert _surrogate(KEY.encode(), 'a', Found(0, len(w), 'name'), w, 'en', [], 40).lower() != w.lower()
+
+def test_every_shift_of_a_patient_changes_every_date(english):
+    drawn = {(datetime.datetime.strptime(re.search(r'[\d/]+', english.replace('Seen 06/15/2024', str(p))[0])[0], '%m/%d/%Y') - datetime.datetime(2024, 6, 15)).days for p in range(200)}
+    assert min(map(abs, drawn)) > 30 and max(map(abs, drawn)) < 365
+    for days in (31, 32, 363, 364):
+        for d in (datetime.date(2024, 1, 1) + datetime.timedelta(n) for n in range(366)):
+            for text in (f'{d.month}/{d.day}', f'{d:%b} {d.day}', f'{d:%m/%Y}', f"{d:%b} '24", f'{d:%m/%d/%y}'): assert text != shift_date(text, days) and text != shift_date(text, -days), (text, days)
+
+def test_what_is_found_but_left_in_the_note_counts_as_missed():
+    class Leaves:
+        def __init__(self, new): self.new = new
+        def find(self, text): return [Found(0, len(text), 'name')]
+        def replace(self, text): return self.new, [(0, len(text), 0, len(self.new), 'name')]
+    found = lambda text, new, kind='name': recall_report(Leaves(new), [(text, [Found(0, len(text), kind)], [], 0)])[-1]['found']
+    assert found('Thanh Le', 'Park Cox') == 1 and found('Thanh Le', 'Park Le') == found('Thanh Le', 'Park le') == found('Le', 'Le') == 0
+    assert found('Ana van der Berg', 'Eva van der Cox') == 1 and found('Ana van der Berg', 'Eva van der Berg') == 0 and found('Ana Berg', 'Berg') == 0
+    class Whole(Leaves):
+        def replace(self, text): return self.new, [(0, len(text), 0, len(self.new), 'hospital')]
+    assert recall_report(Whole('Cajal Hospital'), [('Cajal Hospital', [Found(0, 14, 'hospital')], [], 0)])[-1]['found'] == 0
+    assert recall_report(Whole('Mercy Hospital'), [('Cajal Hospital', [Found(0, 14, 'hospital')], [], 0)])[-1]['found'] == 1
+
 def test_recall_on_the_held_out_notes_does_not_fall(english, spanish):
     rows = {r['kind']: r for r in recall_report(english, phi_test(1, 60))}
     assert rows['all']['recall'] > .9 and rows['name']['recall'] > .8 and rows['all']['destroyed'] <= .04*rows['all']['clinical_terms'] and rows['all']['precision'] > .93

@@ -20,6 +20,10 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _own_secrets(tmp_path, monkeypatch): monkeypatch.setattr('edgenb.records._secrets', lambda: tmp_path/'secrets')
+
+
 def visits(per_code=26):
     "Synthetic notes of three codes, two visits a patient, each with a name, a number and a date."
     rng, found = np.random.default_rng(0), []
@@ -80,6 +84,29 @@ def test_below_the_recall_that_is_asked_for_nothing_is_read(source, tmp_path):
     run = Run(tmp_path/'run')
     with pytest.raises(EdgenbError, match='nothing was read'): data(run, source=source, **READING | {'least_recall': 0.9999})
     assert not list(run.path.glob('01-data*'))
+
+
+def test_a_file_of_own_names_is_read_with_a_mark_and_refused_in_one_line_where_it_is_no_utf_8_text(source, tmp_path):
+    from edgenb.deidentify import Deidentifier
+    from edgenb.records import _names, data
+    own = tmp_path/'own.txt'
+    own.write_bytes('Zuzny\r\n\r\n Muñoz \r\n'.encode('utf-8-sig'))
+    assert _names(str(own)) == ('Zuzny', 'Muñoz') and 'zuzny' not in Deidentifier(names=_names(str(own))).replace('mom brings zuzny')[0]
+    own.write_bytes('Anders\nMuñoz\n'.encode('cp1252'))
+    with pytest.raises(EdgenbError, match='own.txt, line 2: byte 0xf1 is not UTF-8.*save the file as UTF-8') as e: data(Run(tmp_path/'run'), source=source, own_names=str(own), **READING)
+    assert 'Mu' not in str(e.value) and '\n' not in str(e.value)
+    with pytest.raises(EdgenbError, match='there is no file .* that can be read'): data(Run(tmp_path/'run'), source=source, own_names=str(tmp_path), **READING)
+    with pytest.raises(EdgenbError, match='does not exist'): data(Run(tmp_path/'run'), source=source, own_names=str(tmp_path/'none.txt'), **READING)
+    with pytest.raises(EdgenbError, match='there is no file'): _names(str(tmp_path/'none.txt'))
+
+
+def test_recall_is_that_of_the_text_which_is_left(source, tmp_path, monkeypatch):
+    from edgenb import records
+    from edgenb.deidentify import Deidentifier
+    monkeypatch.setattr(records, '_recall_rows', records._recall_rows.__wrapped__)
+    assert records._measured_recall('en', (), 20, 0.3, 0)
+    monkeypatch.setattr(Deidentifier, 'replace', lambda self, text, patient='': (text, [(f.start, f.end, f.start, f.end, f.kind) for f in self.find(text)]))
+    with pytest.raises(EdgenbError, match='does not reach.* 0 of'): records._measured_recall('en', (), 20, 0.3, 0)
 
 
 def test_codes_that_do_not_exist_are_named_and_left_out(tmp_path):
@@ -441,6 +468,33 @@ def test_a_damaged_secret_is_one_clear_line(tmp_path):
     assert workspace_secret(run) == workspace_secret(run)
     (run.pool.parent/'.secret').write_bytes(b'half')
     with pytest.raises(EdgenbError, match='damaged.*32 bytes'): workspace_secret(run)
+
+
+def test_a_run_that_is_handed_over_holds_no_secret_and_agrees_with_itself(source, tmp_path):
+    from edgenb.records import data, workspace_secret
+    run = Run(tmp_path/'handover')
+    card = data(run, source=source, **READING)
+    [kept] = (tmp_path/'secrets').iterdir()
+    secret = workspace_secret(Run(tmp_path/'handover'))
+    assert len(secret) == 32 and kept.read_bytes() == secret and kept.stat().st_mode & 0o777 == 0o600 and kept.parent.stat().st_mode & 0o777 == 0o700
+    left = [p for p in run.path.rglob('*') if p.is_file()]
+    assert card.result['classes'] and not any('secret' in p.name or secret in p.read_bytes() or secret.hex().encode() in p.read_bytes() for p in left)
+    assert workspace_secret(Run(tmp_path/'beside', pool=run.pool)) == secret and not list(tmp_path.rglob('.secret'))   # a pool in another run's folder
+    assert workspace_secret(Run(tmp_path/'other')) != secret
+    (tmp_path/'link').symlink_to(run.path)
+    assert workspace_secret(Run(tmp_path/'link')) == secret
+
+
+def test_a_secret_that_lay_in_a_run_moves_out_and_one_beside_the_runs_stays(tmp_path, monkeypatch):
+    from edgenb.records import workspace_secret
+    (tmp_path/'handover/.rooms').mkdir(parents=True); (tmp_path/'handover/.secret').write_bytes(b'h'*32)
+    assert [workspace_secret(Run(tmp_path/'handover')) for _ in range(2)] == [b'h'*32]*2 and not (tmp_path/'handover/.secret').exists()
+    shared = Run.start('a', tmp_path/'runs')
+    (tmp_path/'runs/a/.secret').write_bytes(b's'*32)
+    assert workspace_secret(shared) == workspace_secret(Run.start('a', tmp_path/'runs')) == b's'*32 == (tmp_path/'runs/a/.secret').read_bytes()
+    monkeypatch.setattr('edgenb.records._secrets', lambda: tmp_path/'lone/cache')
+    with pytest.raises(EdgenbError, match='handed over with it: set EDGENB_CACHE'): workspace_secret(Run(tmp_path/'lone'))
+    assert not (tmp_path/'lone').exists()
 
 
 def test_a_note_in_another_language_is_read_in_its_own(tmp_path):
