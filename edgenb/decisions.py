@@ -129,7 +129,7 @@ class Decisions:
     def _check(self, row):
         if row['action'] != 'undo': _checked(Decision(**row)); return
         for k in ('note', 'who', 'when'): _word(k, row[k])
-        if not self._stacks.get(row['note']): raise EdgenbError(f"{row['note']}: there is no decision to take back")
+        if not self._stacks.get(row['note']): raise EdgenbError('there is no decision about this note to take back')
 
     def _take(self, row):
         self._rows.append(row)
@@ -206,14 +206,14 @@ def corrections(decisions: Decisions,
     "What the next training may learn from these decisions."
     if not callable(deidentify): raise EdgenbError('corrections: deidentify must be a function of a text and its patient that gives a text: nothing goes on with identifiers in it')
     by_id = {n.id: n for n in notes}
-    if missing := [d.note for d in decisions.standing() if d.note not in by_id]: raise EdgenbError(f"corrections: {len(missing)} reviewed notes are not among the notes given, the first is {missing[0]}")
+    if missing := [d.note for d in decisions.standing() if d.note not in by_id]: raise EdgenbError(f'corrections: {len(missing)} of {len(decisions.standing())} reviewed notes are not among the notes given, the first is the one decided on in line {decisions._stacks[missing[0]][-1][0]} of {decisions.path}: pass the notes that were reviewed')
     place = {d.note: i for i, d in enumerate(decisions.standing())}   # in the log: clocks may say the same, or go backwards
     patients, found, latest = {}, {}, {}
     for n in notes:
         d = decisions.state(n.id)
         if d is None or d.action == 'reject': continue
         text = deidentify(n.text, n.patient or n.id)
-        if not isinstance(text, str) or not text.strip(): raise EdgenbError(f'corrections: deidentify left no text of {n.id}')
+        if not isinstance(text, str) or not text.strip(): raise EdgenbError(f'corrections: deidentify left no text of note {notes.index(n) + 1} of the {len(notes)} given')
         same = ' '.join(text.lower().split())
         if place[n.id] < latest.get(same, 0): continue   # said twice: the later decision holds
         latest[same] = place[n.id]

@@ -543,8 +543,8 @@ def test_nothing_is_learned_without_a_way_to_deidentify(tmp_path):
     d = Decisions(tmp_path/'d.jsonl'); added(d)
     with pytest.raises(TypeError): corrections(d, [Note('visit-1', 'text')])
     with pytest.raises(EdgenbError, match='must be a function'): corrections(d, [Note('visit-1', 'text')], None)
-    with pytest.raises(EdgenbError, match='left no text of visit-1'): corrections(d, [Note('visit-1', 'text')], lambda t, patient: '')
-    with pytest.raises(EdgenbError, match='the first is visit-1'): corrections(d, [Note('other', 'text')], lambda t, patient: t)
+    with pytest.raises(EdgenbError, match='left no text of note 1 of the 1 given'): corrections(d, [Note('visit-1', 'text')], lambda t, patient: '')
+    with pytest.raises(EdgenbError, match=r'1 of 1 reviewed notes are not .* line 1 of .*d.jsonl'): corrections(d, [Note('other', 'text')], lambda t, patient: t)
 
 
 # -- what confirmation brings
