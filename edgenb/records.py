@@ -42,7 +42,8 @@ def word_features(texts: list, dimensions: int = 60, seed: int = 0) -> np.ndarra
 # %% ../nbs/50_records.ipynb #605ecc5f
 def spread(notes: list, shares: dict, seed: int = 0) -> list:   # of Note
     "Notes with a split each, patients and near-copies kept together; what the source says of its splits holds, but for the field's share of the training patients."
-    if all(n.split for n in notes):
+    if 0 < (have := sum(bool(n.split) for n in notes)) < len(notes): raise EdgenbError(f'data: {have} notes have a split and {len(notes) - have} have none: drawn anew, a note marked as test could be trained on. Give every note with codes its split, or none')
+    if have:
         patients = sorted({n.patient or n.id for n in notes if n.split == 'train'})
         later = set(np.random.default_rng(seed).permutation(patients)[:round(shares.get('field', 0)*len(patients))])
         return [replace(n, split='field') if n.split == 'train' and (n.patient or n.id) in later else n for n in notes]

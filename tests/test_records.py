@@ -326,6 +326,12 @@ def test_a_patient_whom_the_source_puts_on_both_sides_fails_the_gate(tmp_path):
     assert 'leakage' in accepted(data(run, source=str(save_notes(both, tmp_path/'v.jsonl')), **READING))
 
 
+def test_splits_of_some_notes_only_are_refused_and_not_drawn_anew(tmp_path):
+    from edgenb.records import data
+    some = [replace(n, split='test') if i < 20 else n for i, n in enumerate(visits())]
+    with pytest.raises(EdgenbError, match='20 notes have a split and 58 have none: .*Give every note with codes its split, or none'): data(Run(tmp_path/'run'), source=str(save_notes(some, tmp_path/'v.jsonl')), **READING)
+
+
 LM, ENCODER = ([dict(artifact=a, runtime=r, value=v, delta_low=-0.01, size_mb=mb, p95_ms=ms, verdict=said, reason='a reason') for a, r, v, mb, ms, said in rows] for rows in (
     [('reference', 'torch', 0.9, 538, 900, ''), ('gguf-f16', 'gguf', 0.9, 270, 400, 'pass'), ('gguf-q8_0', 'gguf', 0.9, 135, 300, 'pass'), ('gguf-q3_k_s', 'gguf', 0.5, 88, 200, 'fail'), ('gguf-base', 'gguf', 0.0, 270, 400, 'fail')],
     [('reference', 'torch', 0.9, 91, 20, ''), ('onnxruntime-fp32', 'onnxruntime', 0.9, 90, 9, 'pass'), ('onnxruntime-int8', 'onnxruntime', 0.9, 22.5, 4, 'pass')]))
