@@ -1017,6 +1017,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'edgenb.recipes.wafer.target_table': ('recipes/wafer.html#target_table', 'edgenb/recipes/wafer.py'),
                                       'edgenb.recipes.wafer.verdict': ('recipes/wafer.html#verdict', 'edgenb/recipes/wafer.py')},
             'edgenb.records': { 'edgenb.records._checked_codes': ('records.html#_checked_codes', 'edgenb/records.py'),
+                                'edgenb.records._diagnosed': ('records.html#_diagnosed', 'edgenb/records.py'),
                                 'edgenb.records._gates': ('records.html#_gates', 'edgenb/records.py'),
                                 'edgenb.records._group': ('records.html#_group', 'edgenb/records.py'),
                                 'edgenb.records._lists': ('records.html#_lists', 'edgenb/records.py'),

@@ -33,9 +33,11 @@ class Note:
     kind: str = 'real'      # or 'synthetic'
     split: str = ''         # 'train', 'validation', 'test' where the source says so
 
-def primary(note: Note) -> str:   # '' for a note without codes
-    "The primary code: the one that is marked, else the one listed first."
-    return next((c.code for c in sorted(note.codes, key=lambda c: not c.primary)), '')
+def primary(note: Note,
+            system: str = 'ICD-10-CM'   # a procedure or a drug is no reason for a visit, wherever it is listed
+           ) -> str:                    # '' for a note without codes of the system
+    "The primary code of a system: the one that is marked, else the one listed first."
+    return next((c.code for c in sorted(note.codes, key=lambda c: not c.primary) if c.system == system), '')
 
 # %% ../nbs/35_notes.ipynb #fb60ac50
 LANGUAGES, KINDS, SPLITS = ('en', 'es'), ('real', 'synthetic'), ('', 'train', 'validation', 'test')

@@ -121,7 +121,11 @@ def _checked_codes(notes, system):
     known = {c.code for n in notes for c in n.codes if c.system == system}
     wrong = {p[0]: p[1:] for p in problems(sorted(known))}
     rows = [{'note': n.id, 'code': c.code, 'problem': wrong[c.code][0], 'instead': wrong[c.code][1]} for n in notes for c in n.codes if c.system == system and c.code in wrong]
-    return [replace(n, codes=tuple(c for c in n.codes if c.system != system or c.code not in wrong)) for n in notes if primary(n) not in wrong], rows
+    return [replace(n, codes=tuple(c for c in n.codes if c.system != system or c.code not in wrong)) for n in notes if primary(n, system) not in wrong], rows
+
+def _diagnosed(notes):
+    "Notes that have a class, and rows that say which have codes, but none of ICD-10-CM."
+    return [n for n in notes if primary(n)], [{'note': n.id, 'code': primary(n, n.codes[0].system), 'problem': 'no ICD-10-CM code among the codes of this note: it was left out', 'instead': ''} for n in notes if n.codes and not primary(n)]
 
 def _group(note):
     "What results are also reported by: the language; of invented notes, whether the problem is said as in training."
@@ -155,7 +159,7 @@ def data(run,
          own_names: str = '',             # text file of names and places of the clinic, one a line, that are identifiers wherever they stand
          words: int = 180, overlap: int = 30,   # longer notes are cut into windows
          test: float = 0.25, validation: float = 0.12, field: float = 0.0,   # shares; patients are kept together
-         classes: list = [],              # primary codes to be told apart; []: all that enough training notes have
+         classes: list = [],              # primary ICD-10-CM codes to be told apart; []: all that enough training notes have
          min_per_class: int = 5,          # training notes a class needs
          label_accuracy: float = 0.9, confidence: float = 0.95,   # the gate: lower confidence bound of label accuracy
          extra: list = [],                # notes that `learn` left: more for training
@@ -169,10 +173,11 @@ def data(run,
     secret = workspace_secret(run)
     makers = {language: Deidentifier(language=language, names=_names(own_names), key=_of(secret, 'surrogates'))}
     measured = {language: _measured_recall(language, _names(own_names), recall_notes, least_recall, seed)}   # before anything is read
-    notes = [n for n in read_notes(source, language, check=False) if n.codes]
-    if len(notes) < 20: raise EdgenbError(f'{source} has {len(notes)} notes with codes: too few to train, to choose and to test on')
-    notes, problems = _checked_codes([*spread(notes, {'test': test, 'validation': validation, 'field': field}, seed), *(replace(n, split='train') for p in extra for n in read_notes(p, language, check=False))], 'ICD-10-CM')
-    notes = [n for n in notes if n.codes]
+    notes, undiagnosed = _diagnosed(read_notes(source, language, check=False))
+    if len(notes) < 20: raise EdgenbError(f'{source} has {len(notes)} notes with ICD-10-CM codes: too few to train, to choose and to test on')
+    more, undiagnosed_more = _diagnosed([replace(n, split='train') for p in extra for n in read_notes(p, language, check=False)])
+    undiagnosed += undiagnosed_more
+    notes, problems = _checked_codes([*spread(notes, {'test': test, 'validation': validation, 'field': field}, seed), *more], 'ICD-10-CM')
     counts = Counter(primary(n) for n in notes if n.split == 'train')
     chosen = sorted(classes) or sorted(c for c, n in counts.items() if n >= min_per_class)
     if len(chosen) < 2: raise EdgenbError(f'{source}: {len(chosen)} code(s) have {min_per_class} training notes: collect more, or pass a smaller min_per_class')
@@ -181,7 +186,7 @@ def data(run,
     if empty := [s for s in ('train', 'validation', 'test') if not any(n.split == s and primary(n) in chosen for n in notes)]: raise EdgenbError(f'data: no note is left for {empty[0]}: collect more, or bring splits of your own for all three')
     clean, codes, examples, units, groups = [], {}, [], [], {}
     def hashed(name): return _of(_of(secret, 'ids'), name).hex()[:12]   # names of notes and patients may say who they are, and numbers can be guessed
-    problems = [p | {'note': hashed(p['note'])} for p in problems]
+    problems, undiagnosed = ([p | {'note': hashed(p['note'])} for p in rows] for rows in (problems, undiagnosed))
     kept = [n for n in notes if primary(n) in chosen]
     for other in sorted({n.language for n in kept} - set(makers)):
         makers[other] = Deidentifier(language=other, names=_names(own_names), key=_of(secret, 'surrogates'))
@@ -214,11 +219,11 @@ def data(run,
     write_json(run.new('languages.json'), {p: n.language for n in clean for p in frozen[n.id]})
     write_json(run.new('units.json'), [asdict(u) for u in units])
     write_json(run.new('deidentification.json'), rows)
-    write_atomic(run.new('problems.jsonl'), ''.join(json.dumps(p) + '\n' for p in problems))
+    write_atomic(run.new('problems.jsonl'), ''.join(json.dumps(p) + '\n' for p in [*problems, *undiagnosed]))
     write_json(run.new('certificate.json'), certificate)
     kinds = {e.kind for e in examples}
-    return {'data': kinds.pop() if len(kinds) == 1 else 'mixed', 'classes': chosen, 'certificate': certificate, 'deidentification': rows, 'other languages': {l: r[-1] for l, (r, _) in measured.items() if l != language}, 'problems': len(problems),
-            'left_out': {'notes': len(left_out), 'codes': len({primary(n) for n in left_out})}, 'language': language,
+    return {'data': kinds.pop() if len(kinds) == 1 else 'mixed', 'classes': chosen, 'certificate': certificate, 'deidentification': rows, 'other languages': {l: r[-1] for l, (r, _) in measured.items() if l != language}, 'problems': len(problems) + len(undiagnosed),
+            'left_out': {'notes': len(left_out), 'codes': len({primary(n) for n in left_out}), 'without ICD-10-CM': len(undiagnosed)}, 'language': language,
             'splits': {s: dict(Counter(e.label for e in examples if e.split == s)) for s in ('train', 'validation', 'field', 'test')}}
 
 # %% ../nbs/50_records.ipynb #8320bb7d

@@ -94,6 +94,19 @@ def test_codes_that_do_not_exist_are_named_and_left_out(tmp_path):
     assert not any(b'Marlowe' in p.read_bytes() for p in run.path.rglob('*') if p.is_file())
 
 
+def test_the_class_of_a_note_is_a_diagnosis_and_never_a_procedure_that_is_listed_first(tmp_path):
+    from edgenb.records import data, frozen_notes, judged_notes
+    mixed = [replace(n, codes=((Code('0DTJ4ZZ', 'ICD-10-PCS'), Code('J1100', 'HCPCS'))[i % 2], *(replace(c, primary=False) for c in n.codes))) for i, n in enumerate(visits())]
+    mixed[5] = replace(mixed[5], codes=(Code('0DTJ4ZZ', 'ICD-10-PCS', primary=True), Code('J1100', 'HCPCS')))
+    mixed[6] = replace(mixed[6], codes=())
+    run = Run(tmp_path/'run')
+    card = data(run, source=str(save_notes(mixed, tmp_path/'v.jsonl')), **READING)
+    assert card.result['classes'] == sorted(SAID) and {primary(n) for n in judged_notes(run)} <= set(SAID) and len(frozen_notes(run, 'all')) == 76
+    assert all(primary(n, 'ICD-10-PCS') or primary(n, 'HCPCS') for n in frozen_notes(run, 'all'))                     # what else was coded stays with the note
+    row, = (json.loads(l) for l in run.file('data', 'problems.jsonl').read_text().splitlines())
+    assert card.result['left_out']['without ICD-10-CM'] == card.result['problems'] == 1 and row['code'] == '0DTJ4ZZ' and 'no ICD-10-CM code' in row['problem'] and 'codes' not in accepted(card)
+
+
 def test_a_long_note_is_judged_as_one(tmp_path):
     from edgenb.data import units_of
     from edgenb.records import data
