@@ -227,11 +227,13 @@ def data(run,
             'splits': {s: dict(Counter(e.label for e in examples if e.split == s)) for s in ('train', 'validation', 'field', 'test')}}
 
 # %% ../nbs/50_records.ipynb #8320bb7d
-def _outside_learn(decisions, source, **_):
+def _outside_learn(decisions, source, run, **_):
     if bool(decisions) != bool(source): raise EdgenbError('learn: pass both decisions and source, or neither')
-    for p in (decisions, source):
+    if not decisions: return {}
+    read = {'decisions': decisions, 'source': source, 'own names': run.card('data').asked['own_names']}   # a name that is added to the file must go from these notes
+    for p in read.values():
         if p and not Path(p).exists(): raise EdgenbError(f'{p} does not exist: check the path')
-    return {n: digest(p) for n, p in (('decisions', decisions), ('source', source)) if p} | (_lists() if decisions else {})
+    return {n: digest(p) for n, p in read.items() if p} | _lists()
 
 def frozen_notes(run, part: str) -> list:   # of Note
     "The frozen notes of a split, with their codes."

@@ -306,6 +306,30 @@ def test_sixteen_bits_whose_scores_are_no_numbers_do_not_pass(merged, monkeypatc
     assert '\n' not in str(e.value)
 
 
+def test_a_name_that_is_added_to_the_clinics_list_goes_from_what_is_learned(read, source, tmp_path):
+    "The shipped bundle is not asked when decisions are on record, so that this run ends with `data` and a bundle of nothing."
+    from edgenb.core import room
+    from edgenb.decisions import Decisions
+    from edgenb.records import data, learn
+    @room(6, needs=('data',))
+    def ship(run): return {}
+    own, run = tmp_path/'own.txt', Run.start('names', read[0].pool.parent)
+    own.write_text('Marlowe\n')
+    data(run, source=source, own_names=str(own), **READING)
+    ship(run)
+    seen = visits()[:2]
+    record = Decisions(tmp_path/'decisions.jsonl')
+    record.add(seen[0].id, 'Dr. Osei', 'confirm', ('E11.9', 0.6), 'E11.9', 1, model='m', seconds=2.0)
+    given = dict(decisions=str(record.path), source=str(save_notes(seen, tmp_path/'reviewed.jsonl')))
+    first, left = learn(run, **given), lambda: run.file('learn', 'new_notes.jsonl').read_text()
+    assert not first.skipped and learn(run, **given).skipped and CANARY in left()
+    own.write_text(f'Marlowe\n{CANARY}\n')
+    again = learn(run, **given)
+    assert not again.skipped and CANARY not in left() and again.read['own names'] != first.read['own names']
+    own.unlink()
+    with pytest.raises(EdgenbError, match='own.txt does not exist'): learn(run, **given)
+
+
 def test_an_encoder_goes_the_same_way(read, tmp_path_factory):
     "A random encoder of two layers: its ONNX file answers as it does."
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
