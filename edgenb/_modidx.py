@@ -289,6 +289,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'edgenb.decisions.Log.torn': ('decisions.html#log.torn', 'edgenb/decisions.py'),
                                   'edgenb.decisions.Reviewed': ('decisions.html#reviewed', 'edgenb/decisions.py'),
                                   'edgenb.decisions._checked': ('decisions.html#_checked', 'edgenb/decisions.py'),
+                                  'edgenb.decisions._decided': ('decisions.html#_decided', 'edgenb/decisions.py'),
                                   'edgenb.decisions._word': ('decisions.html#_word', 'edgenb/decisions.py'),
                                   'edgenb.decisions.corrections': ('decisions.html#corrections', 'edgenb/decisions.py'),
                                   'edgenb.decisions.summary_table': ('decisions.html#summary_table', 'edgenb/decisions.py'),

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from .codes import system_of
 from .core import EdgenbError, did_you_mean, file_errors, sync_folder, within
-from .notes import Code, Note
+from .notes import Code, Note, primary
 
 # %% ../nbs/49_decisions.ipynb #296c4cc4
 ACTIONS = ('confirm', 'correct', 'reject')
@@ -199,6 +199,14 @@ class Reviewed:
     action: str   # 'confirm' or 'correct'
     model: str    # digest of what had suggested
 
+def _decided(note, decision, moved) -> tuple:   # of `Code`; without spans where the text has `moved` under them
+    "The code decided on, and the note's other codes: without them, training would say that they are absent. What it replaces is the primary code of its system."
+    systems = {c.code: c.system for c in note.codes}
+    system, before = (systems.get(code) or system_of(code) for code in (decision.after, decision.before['code']))
+    others = [c for c in note.codes if c.code not in (decision.after, primary(note, system)) and (before == system or c.system != before)]   # decided on in another system: which of the old one is then the first, nobody has said
+    spans = next((c.spans for c in note.codes if c.code == decision.after), ())
+    return tuple(replace(c, spans=() if moved else c.spans) for c in (Code(decision.after, system, spans, primary=True), *(replace(c, primary=False) for c in others)))
+
 def corrections(decisions: Decisions,
                 notes: list,       # of `Note`: those that were reviewed, perhaps among others
                 deidentify         # (text, its patient, or the note's id where it has none) -> text without identifiers
@@ -218,7 +226,6 @@ def corrections(decisions: Decisions,
         if place[n.id] < latest.get(same, 0): continue   # said twice: the later decision holds
         latest[same] = place[n.id]
         patient = f'patient-{patients.setdefault(n.patient, len(patients) + 1)}' if n.patient else ''
-        system = next((c.system for c in n.codes if c.code == d.after), system_of(d.after))
-        new = replace(n, id=f'reviewed-{hashlib.sha256(same.encode()).hexdigest()[:12]}', text=text, patient=patient, codes=(Code(d.after, system, primary=True),), split='')
+        new = replace(n, id=f'reviewed-{hashlib.sha256(same.encode()).hexdigest()[:12]}', text=text, patient=patient, codes=_decided(n, d, moved=text != n.text), split='')
         found[same] = Reviewed(new, d.who, d.when, d.action, d.model)
     return list(found.values())

@@ -272,7 +272,7 @@ def learn(run,
         found = corrections(record, [notes[i] for i in asked], lambda text, patient: text)   # frozen notes are de-identified
     save_notes([f.note for f in found], run.new('new_notes.jsonl'))
     secret = secrets.token_bytes(32)   # not kept
-    return {'summary': record.summary(), 'actions': record.actions(lambda note: hmac.new(secret, note.encode(), 'sha256').hexdigest()[:12]), 'notes': len(found), 'asked': None if asked is None else len(asked), 'labels': dict(Counter(primary(f.note) for f in found)),
+    return {'summary': record.summary(), 'actions': record.actions(lambda note: hmac.new(secret, note.encode(), 'sha256').hexdigest()[:12]), 'notes': len(found), 'asked': None if asked is None else len(asked), 'labels': dict(Counter(f.note.codes[0].code for f in found)),
             'reviewer': 'as recorded' if decisions else 'simulated: the known codes of notes held back'}
 
 # %% ../nbs/50_records.ipynb #6e0bed4b
