@@ -58,14 +58,14 @@ def spread(notes: list, shares: dict, seed: int = 0) -> list:   # of Note
     return [replace(n, split=s) for n, s in zip(notes, split([primary(n) for n in notes], clusters, shares, seed))]
 
 def cut(note: Note, words: int, overlap: int) -> list:   # of Note
-    "A long note as windows; for training only those in which the evidence of its codes stands, where that is known."
+    "A long note as windows; for training only those in which the evidence of its primary code stands, with the codes whose evidence stands there too; a code without evidence may be said in any of them."
     parts = windows(note.text, words, overlap)
     if len(parts) == 1: return [note]
-    found = []
-    for n, (a, b) in enumerate(parts):
-        codes = tuple(replace(c, spans=tuple((x - a, y - a) for x, y in c.spans if a <= x and y <= b)) for c in note.codes)
-        if note.split != 'train' or not any(c.spans for c in note.codes) or any(c.spans for c in codes): found.append(replace(note, id=f'{note.id} part {n + 1}', text=note.text[a:b], codes=codes))
-    return found
+    def homes(x, y): return [w for w in parts if w[0] <= x and y <= w[1]] or [w for w in parts if x < w[1] and w[0] < y]   # evidence that is whole in no window is in all that it touches
+    found = [replace(note, id=f'{note.id} part {n + 1}', text=note.text[a:b], codes=tuple(replace(c, spans=tuple((max(x, a) - a, min(y, b) - a) for x, y in c.spans if (a, b) in homes(x, y))) for c in note.codes)) for n, (a, b) in enumerate(parts)]
+    if note.split != 'train': return found
+    spoken = [replace(p, codes=tuple(c for c, whole in zip(p.codes, note.codes) if c.spans or not whole.spans)) for p in found]
+    return [p for p in spoken if primary(p) == primary(note)]
 
 # %% ../nbs/50_records.ipynb #a6602880
 def _lists() -> dict:

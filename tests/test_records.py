@@ -116,6 +116,18 @@ def test_a_long_note_is_judged_as_one(tmp_path):
     assert all(u.last - u.first > 3 for u in units_of(run))
 
 
+def test_no_window_is_trained_with_a_label_whose_evidence_is_elsewhere(tmp_path):
+    from edgenb.records import data, frozen_notes
+    def longer(n):
+        text = n.text + '. ' + ' '.join(f'Day {d} unchanged, ward round {n.id[-1]}.' for d in range(30)) + ' Former smoker.'
+        return replace(n, text=text, codes=(*n.codes, Code('Z87.891', spans=((len(text) - 14, len(text) - 1),))))
+    run = Run(tmp_path/'run')
+    data(run, source=str(save_notes([longer(n) for n in visits()], tmp_path/'v.jsonl')), words=60, overlap=10, **READING)
+    trained, tested = frozen_notes(run, 'train'), frozen_notes(run, 'test')
+    assert trained and all(any(s in n.text for s in SAID[primary(n)]) and 'smoker' not in n.text and [c.code for c in n.codes] == [primary(n)] for n in trained)
+    assert any('smoker' in n.text for n in tested) and all(len(n.codes) == 2 for n in tested)        # what is judged is read whole
+
+
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
     "Its rows are no multiple of 256."
