@@ -209,7 +209,8 @@ def _decided(note, decision, moved) -> tuple:   # of `Code`; without spans where
 
 def corrections(decisions: Decisions,
                 notes: list,       # of `Note`: those that were reviewed, perhaps among others
-                deidentify         # (text, its patient, or the note's id where it has none) -> text without identifiers
+                deidentify,        # (text, its patient, or the note's id where it has none) -> text without identifiers
+                name=None          # (note, text without identifiers) -> (id, patient) that say nothing to others; by default a digest of that text, and patients are numbered
                ) -> list:          # of `Reviewed`, in the order of the notes
     "What the next training may learn from these decisions."
     if not callable(deidentify): raise EdgenbError('corrections: deidentify must be a function of a text and its patient that gives a text: nothing goes on with identifiers in it')
@@ -226,6 +227,7 @@ def corrections(decisions: Decisions,
         if place[n.id] < latest.get(same, 0): continue   # said twice: the later decision holds
         latest[same] = place[n.id]
         patient = f'patient-{patients.setdefault(n.patient, len(patients) + 1)}' if n.patient else ''
-        new = replace(n, id=f'reviewed-{hashlib.sha256(same.encode()).hexdigest()[:12]}', text=text, patient=patient, codes=_decided(n, d, moved=text != n.text), split='')
+        known_as, patient = name(n, text) if name else (f'reviewed-{hashlib.sha256(same.encode()).hexdigest()[:12]}', patient)
+        new = replace(n, id=known_as, text=text, patient=patient, codes=_decided(n, d, moved=text != n.text), split='')
         found[same] = Reviewed(new, d.who, d.when, d.action, d.model)
     return list(found.values())

@@ -342,6 +342,41 @@ def test_a_name_that_is_added_to_the_clinics_list_goes_from_what_is_learned(read
     with pytest.raises(EdgenbError, match='own.txt does not exist'): learn(run, **given)
 
 
+def test_what_comes_back_from_the_desk_is_not_trained_on_where_its_note_or_patient_is_tested_on(read, source, tmp_path):
+    from edgenb.core import room
+    from edgenb.decisions import Decisions
+    from edgenb.notes import read_notes
+    from edgenb.records import data, frozen_notes, learn, spread
+    @room(6, needs=('data',))
+    def ship(run): return {}
+    run, placed = Run.start('returned', read[0].pool.parent), spread(visits(), {'test': 0.25, 'validation': 0.12, 'field': 0.1})
+    data(run, source=source, **READING)
+    ship(run)
+    of = lambda split: next(n for n in placed if n.split == split)
+    later = lambda n, i: replace(n, id=f'later-{i}', text=f'{n.text}. Seen again, {i} weeks later, as planned', codes=n.codes[:1])
+    seen = [replace(n, split='') for n in (of('test'), of('validation'), of('field'), later(of('test'), 2), later(of('train'), 3), replace(later(of('train'), 4), patient='Quimby 9'))]
+    record = Decisions(tmp_path/'decisions.jsonl')
+    for n in seen: record.add(n.id, 'Dr. Osei', *(('confirm', ('E11.9', 0.6), 'E11.9', 1) if primary(n) == 'E11.9' else ('correct', ('E11.9', 0.6), primary(n), 2)), model='m', seconds=2.0)
+    learn(run, decisions=str(record.path), source=str(save_notes(seen, tmp_path/'reviewed.jsonl')))
+    back, again = read_notes(new := run.file('learn', 'new_notes.jsonl')), Run.start('returned', read[0].pool.parent)
+    assert len(back) == 6 and not re.search('Marlowe|later-|Quimby', new.read_text())
+    card = data(again, source=source, extra=[str(new)], **READING)
+    frozen, held = frozen_notes(again, 'train'), frozen_notes(again, 'validation') + frozen_notes(again, 'test')
+    before = {n.text for n in frozen_notes(run, 'all')}
+    assert card.result['left_out']['extra, but of validation or test'] == 3 and 'leakage' not in accepted(card) and len(held) == len([n for n in placed if n.split in ('validation', 'test')])
+    assert {n.text for n in frozen} - before == {n.text for n in back} - before - {back[3].text} and len({n.text for n in back} - before) == 3      # as they came: not de-identified again
+    patients = json.loads(again.file('data', 'patients.json').read_text())
+    assert not {patients[n.id] for n in held} & {patients[n.id] for n in frozen}
+    (own := tmp_path/'own.txt').write_text(f'{CANARY}\n')                                                                                         # a name that was learned of since
+    data(wiser := Run.start('returned', read[0].pool.parent), source=source, extra=[str(new)], own_names=str(own), **READING)
+    assert wiser.card('data').result['left_out']['extra, but of validation or test'] == 3 and not any(CANARY in n.text for n in frozen_notes(wiser, 'all'))
+    patients = [json.loads(r.file('data', 'patients.json').read_text()) for r in (again, wiser)]
+    assert patients[0] == patients[1]
+    forged = save_notes([replace(back[5], text='Pt: John Marlowe, asthma, wheezing. ' + back[5].text)], tmp_path/'forged.jsonl')
+    data(elsewhere := Run.start('returned', read[0].pool.parent), source=source, extra=[str(forged)], **READING)
+    assert not any('John Marlowe' in n.text for n in frozen_notes(elsewhere, 'all'))                                                             # a text that was changed since is not believed
+
+
 def test_an_encoder_goes_the_same_way(read, tmp_path_factory):
     "A random encoder of two layers: its ONNX file answers as it does."
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
