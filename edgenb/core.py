@@ -491,7 +491,7 @@ def _work(run, function, choices, stem, key, read, libraries, data):
 def room(number: int,             # its place in the loop, 1 to 8
          needs: tuple = (),       # names of the rooms whose output it reads
          libraries: tuple = (),   # packages whose version changes its numbers
-         reads=None               # `reads(**choices) -> {name: digest}` of what it reads from outside the run
+         reads=None               # `reads(**choices) -> {name: digest}` of what it reads from outside the run; asked with `run` too, if it takes one
         ):
     "Make a room of a function `f(run, **choices) -> dict`."
     def make(function):
@@ -506,7 +506,7 @@ def room(number: int,             # its place in the loop, 1 to 8
                 for need in needs: _current(run, need, name)   # refuse before anything is made
                 run.path.mkdir(parents=True, exist_ok=True); run.pool.mkdir(parents=True, exist_ok=True)
                 with _locked(run.path/'.lock', name):          # from here on nobody else changes what is read
-                    read = {need: _current(run, need, name).output for need in needs} | (reads(**choices) if reads else {})
+                    read = {need: _current(run, need, name).output for need in needs} | (reads(**choices, **({'run': run} if 'run' in inspect.signature(reads).parameters else {})) if reads else {})
                     key = digest_of([name, code_digest(function), _by_content(choices, run.pool.parent), read, _versions(libraries), platform.machine(), sys.version_info[:2]])
                     with _locked(run.pool/f'{stem}.{key[:16]}.lock', name):
                         return _enter(run, function, choices, stem, key, read, libraries, run.card(needs[0]).data if needs else 'real')

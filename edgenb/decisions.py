@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from .codes import system_of
 from .core import EdgenbError, did_you_mean, file_errors, sync_folder, within
-from .notes import Code, Note
+from .notes import Code, Note, primary
 
 # %% ../nbs/49_decisions.ipynb #296c4cc4
 ACTIONS = ('confirm', 'correct', 'reject')
@@ -129,7 +129,7 @@ class Decisions:
     def _check(self, row):
         if row['action'] != 'undo': _checked(Decision(**row)); return
         for k in ('note', 'who', 'when'): _word(k, row[k])
-        if not self._stacks.get(row['note']): raise EdgenbError(f"{row['note']}: there is no decision to take back")
+        if not self._stacks.get(row['note']): raise EdgenbError('there is no decision about this note to take back')
 
     def _take(self, row):
         self._rows.append(row)
@@ -199,26 +199,35 @@ class Reviewed:
     action: str   # 'confirm' or 'correct'
     model: str    # digest of what had suggested
 
+def _decided(note, decision, moved) -> tuple:   # of `Code`; without spans where the text has `moved` under them
+    "The code decided on, and the note's other codes: without them, training would say that they are absent. What it replaces is the primary code of its system."
+    systems = {c.code: c.system for c in note.codes}
+    system, before = (systems.get(code) or system_of(code) for code in (decision.after, decision.before['code']))
+    others = [c for c in note.codes if c.code not in (decision.after, primary(note, system)) and (before == system or c.system != before)]   # decided on in another system: which of the old one is then the first, nobody has said
+    spans = next((c.spans for c in note.codes if c.code == decision.after), ())
+    return tuple(replace(c, spans=() if moved else c.spans) for c in (Code(decision.after, system, spans, primary=True), *(replace(c, primary=False) for c in others)))
+
 def corrections(decisions: Decisions,
                 notes: list,       # of `Note`: those that were reviewed, perhaps among others
-                deidentify         # (text, its patient, or the note's id where it has none) -> text without identifiers
+                deidentify,        # (text, its patient, or the note's id where it has none) -> text without identifiers
+                name=None          # (note, text without identifiers) -> (id, patient) that say nothing to others; by default a digest of that text, and patients are numbered
                ) -> list:          # of `Reviewed`, in the order of the notes
     "What the next training may learn from these decisions."
     if not callable(deidentify): raise EdgenbError('corrections: deidentify must be a function of a text and its patient that gives a text: nothing goes on with identifiers in it')
     by_id = {n.id: n for n in notes}
-    if missing := [d.note for d in decisions.standing() if d.note not in by_id]: raise EdgenbError(f"corrections: {len(missing)} reviewed notes are not among the notes given, the first is {missing[0]}")
+    if missing := [d.note for d in decisions.standing() if d.note not in by_id]: raise EdgenbError(f'corrections: {len(missing)} of {len(decisions.standing())} reviewed notes are not among the notes given, the first is the one decided on in line {decisions._stacks[missing[0]][-1][0]} of {decisions.path}: pass the notes that were reviewed')
     place = {d.note: i for i, d in enumerate(decisions.standing())}   # in the log: clocks may say the same, or go backwards
     patients, found, latest = {}, {}, {}
     for n in notes:
         d = decisions.state(n.id)
         if d is None or d.action == 'reject': continue
         text = deidentify(n.text, n.patient or n.id)
-        if not isinstance(text, str) or not text.strip(): raise EdgenbError(f'corrections: deidentify left no text of {n.id}')
+        if not isinstance(text, str) or not text.strip(): raise EdgenbError(f'corrections: deidentify left no text of note {notes.index(n) + 1} of the {len(notes)} given')
         same = ' '.join(text.lower().split())
         if place[n.id] < latest.get(same, 0): continue   # said twice: the later decision holds
         latest[same] = place[n.id]
         patient = f'patient-{patients.setdefault(n.patient, len(patients) + 1)}' if n.patient else ''
-        system = next((c.system for c in n.codes if c.code == d.after), system_of(d.after))
-        new = replace(n, id=f'reviewed-{hashlib.sha256(same.encode()).hexdigest()[:12]}', text=text, patient=patient, codes=(Code(d.after, system, primary=True),), split='')
+        known_as, patient = name(n, text) if name else (f'reviewed-{hashlib.sha256(same.encode()).hexdigest()[:12]}', patient)
+        new = replace(n, id=known_as, text=text, patient=patient, codes=_decided(n, d, moved=text != n.text), split='')
         found[same] = Reviewed(new, d.who, d.when, d.action, d.model)
     return list(found.values())

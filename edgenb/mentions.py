@@ -399,7 +399,7 @@ def checked_notes(notes, system, language):
     "The notes of a language, or an error that says what is missing."
     notes = list(notes)
     if not notes: raise EdgenbError('mentions: there are no notes to learn from')
-    if other := next((n for n in notes if n.language != language), None): raise EdgenbError(f'mentions: note {other.id} is in {other.language!r}, the coder is for {language!r}: pass notes of one language, or language={other.language!r}')
+    if other := [i for i, n in enumerate(notes) if n.language != language]: raise EdgenbError(f'mentions: {len(other)} of {len(notes)} notes are not in {language!r}, for which the coder is; the first, note {other[0] + 1}, is in {notes[other[0]].language!r}: pass notes of one language, or language={notes[other[0]].language!r}')
     if not any(c.spans for n in notes for c in n.codes if c.system == system):
         raise EdgenbError(f'mentions: no {system} code of these {len(notes)} notes says where the note says so (spans): mark evidence, or let `project` carry it over from notes that have it')
     return notes
@@ -532,7 +532,7 @@ def project(marked: list,          # of `Note` with evidence, a `Code` for every
            ) -> list:              # the translations, with what of the evidence could be carried over
     "Carry evidence over to translations."
     by_id = {n.id: n for n in marked}
-    if gone := [n.id for n in notes if n.id not in by_id]: raise EdgenbError(f'mentions: note {gone[0]} has no translation with evidence: pass both in full')
+    if gone := [i for i, n in enumerate(notes, 1) if n.id not in by_id]: raise EdgenbError(f'mentions: {len(gone)} of {len(notes)} translations are of no note with evidence, the first is number {gone[0]}: pass both in full')
     texts = [(Words(by_id[n.id].text, by_id[n.id].language), Words(n.text, n.language)) for n in notes]
     together = [aligned(a, b) for a, b in texts]
     alike = lambda f, e, la=marked[0].language, lb=notes[0].language: skeleton(f, la) == skeleton(e, lb)

@@ -33,22 +33,24 @@ class Note:
     kind: str = 'real'      # or 'synthetic'
     split: str = ''         # 'train', 'validation', 'test' where the source says so
 
-def primary(note: Note) -> str:   # '' for a note without codes
-    "The primary code: the one that is marked, else the one listed first."
-    return next((c.code for c in sorted(note.codes, key=lambda c: not c.primary)), '')
+def primary(note: Note,
+            system: str = 'ICD-10-CM'   # a procedure or a drug is no reason for a visit, wherever it is listed
+           ) -> str:                    # '' for a note without codes of the system
+    "The primary code of a system: the one that is marked, else the one listed first."
+    return next((c.code for c in sorted(note.codes, key=lambda c: not c.primary) if c.system == system), '')
 
 # %% ../nbs/35_notes.ipynb #fb60ac50
 LANGUAGES, KINDS, SPLITS = ('en', 'es'), ('real', 'synthetic'), ('', 'train', 'validation', 'test')
 FIELDS = tuple(Note.__dataclass_fields__)
 
-def _decoded(path: Path) -> str:
+def _decoded(path: Path, place: str = '') -> str:   # `place`: what to call a file whose name may be a patient's
     "A text file, which must be UTF-8."
     try: data = path.read_bytes()
-    except OSError: raise EdgenbError(f'there is no file {path} that can be read') from None
+    except OSError: raise EdgenbError(f'{place}: the text cannot be read' if place else f'there is no file {path} that can be read') from None
     try: return data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
         line = data.count(b'\n', 0, e.start) + 1
-        raise EdgenbError(f'{path}, line {line}: byte 0x{data[e.start]:02x} is not UTF-8; it may be Latin-1 or Windows-1252: save the file as UTF-8 (iconv -f WINDOWS-1252 -t UTF-8)') from None
+        raise EdgenbError(f'{place or path}, {"line of the text" if place else "line"} {line}: byte 0x{data[e.start]:02x} is not UTF-8; it may be Latin-1 or Windows-1252: save the file as UTF-8 (iconv -f WINDOWS-1252 -t UTF-8)') from None
 
 def _known(names, known, where, what='columns'):
     "Refuse names that are not known, without showing them: the first line of a file that has no header is a patient's."
@@ -117,16 +119,17 @@ def _table(path, need):
     except csv.Error as e: raise EdgenbError(f'{path}, line {at}: not a table ({e})') from None
 
 def _texts(folder):
-    "A folder of .txt files with codes.csv (or .tsv): columns id, codes."
+    "A folder of .txt files with codes.csv (or .tsv): columns id, codes. No error shows the name of a text: it may be the patient's."
     table, found = next((p for p in (folder/'codes.csv', folder/'codes.tsv') if p.is_file()), None), {}
     if table is None: raise EdgenbError(f'{folder} holds .txt files but no codes.csv: put one there with the columns id (file name without .txt) and codes')
     for n, row in _table(table, ('id', 'codes')):
         _known(row, tuple(f for f in FIELDS if f != 'text'), table)
-        if not (path := folder/f"{row['id'].strip()}.txt").is_file(): raise EdgenbError(f"{table}, line {n}: there is no file {path.name}")
-        if path in found: raise EdgenbError(f'{table}, line {n}: {path.name} is there twice, first on line {found[path]}: put its codes in one line, separated by ;')
+        if not (path := folder/f"{row['id'].strip()}.txt").is_file(): raise EdgenbError(f'{table}, line {n}: there is no text of this id: a .txt file of this name must lie beside the table')
+        if path in found: raise EdgenbError(f'{table}, line {n}: this id is there twice, first on line {found[path]}: put its codes in one line, separated by ;')
         found[path] = n
-        yield f'{table}, line {n} ({path.name})', row | {'text': _decoded(path).replace('\r\n', '\n')}
-    if lost := sorted(p.name for p in folder.glob('*.txt') if p not in found): raise EdgenbError(f'{table} has no line for {lost[0]}{f" and {len(lost) - 1} more files" if lost[1:] else ""}: add them, with no codes where there are none')
+        yield f'{table}, line {n}', row | {'text': _decoded(path, f'{table}, line {n}').replace('\r\n', '\n')}
+    every = sorted(folder.glob('*.txt'))
+    if lost := [i for i, p in enumerate(every, 1) if p not in found]: raise EdgenbError(f'{table} has no line for {len(lost)} of {len(every)} .txt files, the first is number {lost[0]} of them by name: add a line for each, with no codes where there are none')
 
 # %% ../nbs/35_notes.ipynb #f8db2b3d
 PARTS = {'train': 'train', 'dev': 'validation', 'test': 'test'}
@@ -149,9 +152,10 @@ def _codiesp(folder: Path, language: str) -> list:
             if name not in texts: raise EdgenbError(f'{path}, line {n}: there is no text of this name')
             try: codes.setdefault(name, {}).setdefault(canonical(said, system), (system, set()))
             except EdgenbError as e: raise EdgenbError(f'{path}, line {n}: {e}') from None
-    read = {name: _decoded(path) for name, path in texts.items()}
+    places = {name: f'{path.parent}, number {i} of {len(texts)} .txt files by name' for i, (name, path) in enumerate(texts.items(), 1)}
+    read = {name: _decoded(path, places[name]) for name, path in texts.items()}
     for name, text in read.items():
-        if not text.strip(): raise EdgenbError(f'{texts[name]}: the note is empty')
+        if not text.strip(): raise EdgenbError(f'{places[name]}: the note is empty')
     for n, (name, label, said, _, where) in _lines(path := folder/f'{part}X.tsv', 5) if language == 'es' else ():
         spans = [tuple(map(int, s.split())) for s in where.split(';')] if re.fullmatch(r'\d+ \d+(;\d+ \d+)*', where) else []
         if name not in read or not spans or any(not a <= b <= len(read[name]) for a, b in spans): raise EdgenbError(f"{path}, line {n}: the evidence must be 'start end', with ; between parts, within its text")

@@ -6,7 +6,7 @@
 __all__ = ['alike', 'word_features', 'spread', 'cut', 'workspace_secret', 'data', 'frozen_notes', 'learn', 'judged_notes']
 
 # %% ../nbs/50_records.ipynb #44da387d
-import contextlib, functools, hmac, json, os, secrets
+import contextlib, functools, hmac, json, os, re, secrets
 from collections import Counter
 from dataclasses import asdict, replace
 from importlib.resources import files
@@ -43,7 +43,8 @@ def word_features(texts: list, dimensions: int = 60, seed: int = 0) -> np.ndarra
 # %% ../nbs/50_records.ipynb #605ecc5f
 def spread(notes: list, shares: dict, seed: int = 0) -> list:   # of Note
     "Notes with a split each, patients and near-copies kept together; what the source says of its splits holds, but for the field's share of the training patients."
-    if all(n.split for n in notes):
+    if 0 < (have := sum(bool(n.split) for n in notes)) < len(notes): raise EdgenbError(f'data: {have} notes have a split and {len(notes) - have} have none: drawn anew, a note marked as test could be trained on. Give every note with codes its split, or none')
+    if have:
         patients = sorted({n.patient or n.id for n in notes if n.split == 'train'})
         later = set(np.random.default_rng(seed).permutation(patients)[:round(shares.get('field', 0)*len(patients))])
         return [replace(n, split='field') if n.split == 'train' and (n.patient or n.id) in later else n for n in notes]
@@ -58,14 +59,14 @@ def spread(notes: list, shares: dict, seed: int = 0) -> list:   # of Note
     return [replace(n, split=s) for n, s in zip(notes, split([primary(n) for n in notes], clusters, shares, seed))]
 
 def cut(note: Note, words: int, overlap: int) -> list:   # of Note
-    "A long note as windows; for training only those in which the evidence of its codes stands, where that is known."
+    "A long note as windows; for training only those in which the evidence of its primary code stands, with the codes whose evidence stands there too; a code without evidence may be said in any of them."
     parts = windows(note.text, words, overlap)
     if len(parts) == 1: return [note]
-    found = []
-    for n, (a, b) in enumerate(parts):
-        codes = tuple(replace(c, spans=tuple((x - a, y - a) for x, y in c.spans if a <= x and y <= b)) for c in note.codes)
-        if note.split != 'train' or not any(c.spans for c in note.codes) or any(c.spans for c in codes): found.append(replace(note, id=f'{note.id} part {n + 1}', text=note.text[a:b], codes=codes))
-    return found
+    def homes(x, y): return [w for w in parts if w[0] <= x and y <= w[1]] or [w for w in parts if x < w[1] and w[0] < y]   # evidence that is whole in no window is in all that it touches
+    found = [replace(note, id=f'{note.id} part {n + 1}', text=note.text[a:b], codes=tuple(replace(c, spans=tuple((max(x, a) - a, min(y, b) - a) for x, y in c.spans if (a, b) in homes(x, y))) for c in note.codes)) for n, (a, b) in enumerate(parts)]
+    if note.split != 'train': return found
+    spoken = [replace(p, codes=tuple(c for c, whole in zip(p.codes, note.codes) if c.spans or not whole.spans)) for p in found]
+    return [p for p in spoken if primary(p) == primary(note)]
 
 # %% ../nbs/50_records.ipynb #a6602880
 def _lists() -> dict:
@@ -112,6 +113,19 @@ def workspace_secret(run) -> bytes:   # 32 bytes, in a file for its owner only, 
     return secret
 
 def _of(secret: bytes, purpose: str) -> bytes: return hmac.digest(secret, purpose.encode(), 'sha256')
+def _hashed(secret, name): return _of(_of(secret, 'ids'), name).hex()[:12]   # names of notes and patients may say who they are, and numbers can be guessed
+
+def _knows(own_names) -> dict: return _lists() | ({'own names': digest(own_names)} if own_names else {})
+def _seal(secret, *said): return _of(_of(secret, 'reviewed'), json.dumps(said, sort_keys=True)).hex()[:12]
+
+def _signed(secret, id, patient, text, known):
+    "Id and patient of a note that `learn` leaves, both hashed: only who has the secret of the workspace can say whose a text is, and that it was de-identified with what was known."
+    return f'reviewed-{id}-{_seal(secret, id, patient, text)}-{_seal(secret, id, patient, text, known)}', patient
+
+def _returned(secret, notes) -> dict:   # id -> the hashed id of the note that was reviewed
+    "Which of these notes `learn` left in this workspace."
+    said = ((n, re.fullmatch('reviewed-([0-9a-f]{12})-([0-9a-f]{12})-[0-9a-f]{12}', n.id)) for n in notes)
+    return {n.id: m[1] for n, m in said if m and m[2] == _seal(secret, m[1], n.patient, n.text)}
 
 @functools.cache
 def _recall_rows(language, names, notes, seed):
@@ -137,7 +151,11 @@ def _checked_codes(notes, system):
     known = {c.code for n in notes for c in n.codes if c.system == system}
     wrong = {p[0]: p[1:] for p in problems(sorted(known))}
     rows = [{'note': n.id, 'code': c.code, 'problem': wrong[c.code][0], 'instead': wrong[c.code][1]} for n in notes for c in n.codes if c.system == system and c.code in wrong]
-    return [replace(n, codes=tuple(c for c in n.codes if c.system != system or c.code not in wrong)) for n in notes if primary(n) not in wrong], rows
+    return [replace(n, codes=tuple(c for c in n.codes if c.system != system or c.code not in wrong)) for n in notes if primary(n, system) not in wrong], rows
+
+def _diagnosed(notes):
+    "Notes that have a class, and rows that say which have codes, but none of ICD-10-CM."
+    return [n for n in notes if primary(n)], [{'note': n.id, 'code': primary(n, n.codes[0].system), 'problem': 'no ICD-10-CM code among the codes of this note: it was left out', 'instead': ''} for n in notes if n.codes and not primary(n)]
 
 def _group(note):
     "What results are also reported by: the language; of invented notes, whether the problem is said as in training."
@@ -171,7 +189,7 @@ def data(run,
          own_names: str = '',             # text file of names and places of the clinic, one a line, that are identifiers wherever they stand
          words: int = 180, overlap: int = 30,   # longer notes are cut into windows
          test: float = 0.25, validation: float = 0.12, field: float = 0.0,   # shares; patients are kept together
-         classes: list = [],              # primary codes to be told apart; []: all that enough training notes have
+         classes: list = [],              # primary ICD-10-CM codes to be told apart; []: all that enough training notes have
          min_per_class: int = 5,          # training notes a class needs
          label_accuracy: float = 0.9, confidence: float = 0.95,   # the gate: lower confidence bound of label accuracy
          extra: list = [],                # notes that `learn` left: more for training
@@ -185,10 +203,14 @@ def data(run,
     secret = workspace_secret(run)
     makers = {language: Deidentifier(language=language, names=_names(own_names), key=_of(secret, 'surrogates'))}
     measured = {language: _measured_recall(language, _names(own_names), recall_notes, least_recall, seed)}   # before anything is read
-    notes = [n for n in read_notes(source, language, check=False) if n.codes]
-    if len(notes) < 20: raise EdgenbError(f'{source} has {len(notes)} notes with codes: too few to train, to choose and to test on')
-    notes, problems = _checked_codes([*spread(notes, {'test': test, 'validation': validation, 'field': field}, seed), *(replace(n, split='train') for p in extra for n in read_notes(p, language, check=False))], 'ICD-10-CM')
-    notes = [n for n in notes if n.codes]
+    notes, undiagnosed = _diagnosed(read_notes(source, language, check=False))
+    if len(notes) < 20: raise EdgenbError(f'{source} has {len(notes)} notes with ICD-10-CM codes: too few to train, to choose and to test on')
+    more, undiagnosed_more = _diagnosed([replace(n, split='train') for p in extra for n in read_notes(p, language, check=False)])
+    undiagnosed += undiagnosed_more
+    hashed, known, returned, notes = functools.partial(_hashed, secret), _knows(own_names), _returned(secret, more), spread(notes, {'test': test, 'validation': validation, 'field': field}, seed)
+    judging = {hashed(v) for n in notes if n.split in ('validation', 'test') for v in (n.id, n.patient or n.id)}
+    judged = {n.id for n in more if n.id in returned and judging & {returned[n.id], n.patient}}   # to train on them would be to test on what was learnt
+    notes, problems = _checked_codes([*notes, *(n for n in more if n.id not in judged)], 'ICD-10-CM')
     counts = Counter(primary(n) for n in notes if n.split == 'train')
     chosen = sorted(classes) or sorted(c for c, n in counts.items() if n >= min_per_class)
     if len(chosen) < 2: raise EdgenbError(f'{source}: {len(chosen)} code(s) have {min_per_class} training notes: collect more, or pass a smaller min_per_class')
@@ -196,17 +218,17 @@ def data(run,
     if twice := len(notes) - len({n.id for n in notes}): raise EdgenbError(f'data: {twice} note id(s) are used more than once in source and extra together: give each note its own')
     if empty := [s for s in ('train', 'validation', 'test') if not any(n.split == s and primary(n) in chosen for n in notes)]: raise EdgenbError(f'data: no note is left for {empty[0]}: collect more, or bring splits of your own for all three')
     clean, codes, examples, units, groups = [], {}, [], [], {}
-    def hashed(name): return _of(_of(secret, 'ids'), name).hex()[:12]   # names of notes and patients may say who they are, and numbers can be guessed
-    problems = [p | {'note': hashed(p['note'])} for p in problems]
+    problems, undiagnosed = ([p | {'note': hashed(p['note'])} for p in rows] for rows in (problems, undiagnosed))
     kept = [n for n in notes if primary(n) in chosen]
     for other in sorted({n.language for n in kept} - set(makers)):
         makers[other] = Deidentifier(language=other, names=_names(own_names), key=_of(secret, 'surrogates'))
         measured[other] = _measured_recall(other, _names(own_names), recall_notes, least_recall, seed)
     rows, recall = measured[language][0], min((gate_ for _, gate_ in measured.values()), key=lambda g: g['value'])
     for n in progress(kept, desc='de-identify', unit='note'):
-        text, mapping = makers[n.language].replace(n.text, n.patient or n.id)
         groups[hashed(n.id)] = _group(n)
-        clean.append(replace(n, text=text, codes=tuple(replace(c, spans=tuple(move_spans(c.spans, mapping))) for c in n.codes), id=hashed(n.id), patient=hashed(n.patient or n.id)))
+        if n.id in returned and n.id == _signed(secret, returned[n.id], n.patient, n.text, known)[0]: clean.append(replace(n, id=hashed(n.id))); continue   # de-identified with all that is known today
+        text, mapping = makers[n.language].replace(n.text, n.patient or n.id)
+        clean.append(replace(n, text=text, codes=tuple(replace(c, spans=tuple(move_spans(c.spans, mapping))) for c in n.codes), id=hashed(n.id), patient=n.patient if n.id in returned else hashed(n.patient or n.id)))
     order = {s: i for i, s in enumerate(('train', 'validation', 'field', 'test'))}
     first, frozen = 0, {}
     for n in progress(sorted(clean, key=lambda n: order[n.split]), desc='freezing notes', unit='note'):
@@ -228,21 +250,24 @@ def data(run,
     save_examples(examples, run.new('examples.jsonl'))
     write_json(run.new('codes.json'), codes)
     write_json(run.new('languages.json'), {p: n.language for n in clean for p in frozen[n.id]})
+    write_json(run.new('patients.json'), {p: n.patient for n in clean for p in frozen[n.id]})
     write_json(run.new('units.json'), [asdict(u) for u in units])
     write_json(run.new('deidentification.json'), rows)
-    write_atomic(run.new('problems.jsonl'), ''.join(json.dumps(p) + '\n' for p in problems))
+    write_atomic(run.new('problems.jsonl'), ''.join(json.dumps(p) + '\n' for p in [*problems, *undiagnosed]))
     write_json(run.new('certificate.json'), certificate)
     kinds = {e.kind for e in examples}
-    return {'data': kinds.pop() if len(kinds) == 1 else 'mixed', 'classes': chosen, 'certificate': certificate, 'deidentification': rows, 'other languages': {l: r[-1] for l, (r, _) in measured.items() if l != language}, 'problems': len(problems),
-            'left_out': {'notes': len(left_out), 'codes': len({primary(n) for n in left_out})}, 'language': language,
+    return {'data': kinds.pop() if len(kinds) == 1 else 'mixed', 'classes': chosen, 'certificate': certificate, 'deidentification': rows, 'other languages': {l: r[-1] for l, (r, _) in measured.items() if l != language}, 'problems': len(problems) + len(undiagnosed),
+            'left_out': {'notes': len(left_out), 'codes': len({primary(n) for n in left_out}), 'without ICD-10-CM': len(undiagnosed), 'extra, but of validation or test': len(judged)}, 'language': language,
             'splits': {s: dict(Counter(e.label for e in examples if e.split == s)) for s in ('train', 'validation', 'field', 'test')}}
 
 # %% ../nbs/50_records.ipynb #8320bb7d
-def _outside_learn(decisions, source, **_):
+def _outside_learn(decisions, source, run, **_):
     if bool(decisions) != bool(source): raise EdgenbError('learn: pass both decisions and source, or neither')
-    for p in (decisions, source):
+    if not decisions: return {}
+    read = {'decisions': decisions, 'source': source, 'own names': run.card('data').asked['own_names']}   # a name that is added to the file must go from these notes
+    for p in read.values():
         if p and not Path(p).exists(): raise EdgenbError(f'{p} does not exist: check the path')
-    return {n: digest(p) for n, p in (('decisions', decisions), ('source', source)) if p} | (_lists() if decisions else {})
+    return {n: digest(p) for n, p in read.items() if p} | _lists()
 
 def frozen_notes(run, part: str) -> list:   # of Note
     "The frozen notes of a split, with their codes."
@@ -261,14 +286,17 @@ def learn(run,
     from edgenb.deidentify import Deidentifier
     from edgenb.ship import bundle_of, load_bundle
     within('learn', 1, None, budget=budget)
+    secret = workspace_secret(run)
     if decisions:
         asked = run.card('data').asked   # what was good enough for the first notes holds for these
-        record, notes, key = Decisions(decisions), read_notes(source, asked['language'], check=False), _of(workspace_secret(run), 'surrogates')
+        record, notes, key = Decisions(decisions), read_notes(source, asked['language'], check=False), _of(secret, 'surrogates')
         makers, spoken = {l: Deidentifier(language=l, names=_names(asked['own_names']), key=key) for l in sorted({n.language for n in notes})}, {n.text: n.language for n in notes}
         for l in makers: _measured_recall(l, _names(asked['own_names']), asked['recall_notes'], asked['least_recall'], asked['seed'])
-        found, asked = corrections(record, notes, lambda text, patient: makers[spoken[text]].replace(text, patient)[0]), None
+        known = _knows(asked['own_names'])
+        found, asked = corrections(record, notes, lambda text, patient: makers[spoken[text]].replace(text, patient)[0], lambda n, text: _signed(secret, _hashed(secret, n.id), _hashed(secret, n.patient or n.id), text, known)), None
     else:
-        notes, bundle = frozen_notes(run, 'field'), load_bundle(bundle_of(run), num_threads=0)
+        known = {k: d for k, d in run.card('data').read.items() if k in (*_lists(), 'own names')}   # when they were frozen
+        notes, bundle, patients = frozen_notes(run, 'field'), load_bundle(bundle_of(run), num_threads=0), json.loads(run.file('data', 'patients.json').read_text(encoding='utf-8'))
         if not notes: raise EdgenbError('learn: no notes were held back for the field: enter data with field=0.1, or pass decisions and source')
         answer, classes = bundle.answer([n.text.encode() for n in notes]), bundle.pipeline.classes
         asked = [int(i) for i in np.argsort(answer['score'], kind='stable')[:budget]]
@@ -278,10 +306,10 @@ def learn(run,
             listed = [classes[j] for j in np.argsort(-answer['probabilities'][i])[:5]]
             record.add(notes[i].id, 'simulated', 'confirm' if said == truth else 'correct', (said, float(answer['score'][i])), truth, listed.index(truth) + 1 if truth in listed else None,
                        model=bundle.manifest['digest'], seconds=0.0)
-        found = corrections(record, [notes[i] for i in asked], lambda text, patient: text)   # frozen notes are de-identified
+        found = corrections(record, [notes[i] for i in asked], lambda text, patient: text, lambda n, text: _signed(secret, n.id.split()[0], patients[n.id], text, known))   # frozen notes are de-identified
     save_notes([f.note for f in found], run.new('new_notes.jsonl'))
-    secret = secrets.token_bytes(32)   # not kept
-    return {'summary': record.summary(), 'actions': record.actions(lambda note: hmac.new(secret, note.encode(), 'sha256').hexdigest()[:12]), 'notes': len(found), 'asked': None if asked is None else len(asked), 'labels': dict(Counter(primary(f.note) for f in found)),
+    forgotten = secrets.token_bytes(32)   # not kept
+    return {'summary': record.summary(), 'actions': record.actions(lambda note: hmac.new(forgotten, note.encode(), 'sha256').hexdigest()[:12]), 'notes': len(found), 'asked': None if asked is None else len(asked), 'labels': dict(Counter(f.note.codes[0].code for f in found)),
             'reviewer': 'as recorded' if decisions else 'simulated: the known codes of notes held back'}
 
 # %% ../nbs/50_records.ipynb #6e0bed4b

@@ -9,7 +9,7 @@ from edgenb import coder, decisions as record
 from edgenb.coder import Desk, Suggestion, after_confirmation, confirmation_table, evidence, highlighted, known_code, log_odds, parsed_command, reading, review, review_table, span_overlap, suggest, suggested, windowed
 from edgenb.core import EdgenbError
 from edgenb.decisions import Decisions, corrections, summary_table
-from edgenb.notes import REASON, Code, Note, windows
+from edgenb.notes import REASON, Code, Note, primary, windows
 from edgenb.pipeline import text_pipeline
 
 CODES = {'J45.909': 'Unspecified asthma, uncomplicated', 'I20.9': 'Angina pectoris, unspecified', 'E11.9': 'Type 2 diabetes mellitus without complications', 'I10': 'Essential (primary) hypertension'}
@@ -526,9 +526,20 @@ def test_only_what_was_confirmed_or_corrected_is_learned_from_and_only_deidentif
     asked = []
     taught = corrections(d, notes, lambda t, patient: (asked.append(patient), t.replace('Kowalski', 'Anders'))[1])
     assert asked == ['MRN 4471']*2   # so that its surrogates can belong to the patient
-    assert [(t.note.codes, t.who, t.action) for t in taught] == [((Code('J45.909', primary=True),), 'Dr. Osei', 'confirm'), ((Code('I10', primary=True),), 'Dr. Li', 'correct')]
+    assert [(t.note.codes, t.who, t.action) for t in taught] == [((Code('J45.909', primary=True), Code('E78.5')), 'Dr. Osei', 'confirm'), ((Code('I10', primary=True), Code('E78.5')), 'Dr. Li', 'correct')]
     assert [t.when for t in taught] == [d.state(f'visit-{i}').when for i in (0, 1)] and all(t.note.language == 'es' and t.note.kind == 'real' and t.note.split == '' for t in taught)
     assert not re.search('Kowalski|4471|visit', repr(taught)) and taught[0].note.patient == taught[1].note.patient != ''
+
+
+@pytest.mark.parametrize('after, kept', [('J45.909', 'J45.909 I10 0DTJ4ZZ'), ('E11.9', 'E11.9 I10 0DTJ4ZZ'), ('I10', 'I10 0DTJ4ZZ'), ('0DTJ4ZZ', '0DTJ4ZZ')])
+def test_a_corrected_note_keeps_its_other_codes_with_the_code_decided_on_first(tmp_path, after, kept):
+    d = Decisions(tmp_path/'d.jsonl')
+    note = Note('a', 'Asthma, HTN, lap appy.', (Code('I10', spans=((8, 11),)), Code('J45.909', spans=((0, 6),), primary=True), Code('0DTJ4ZZ', 'ICD-10-PCS')))
+    added(d, 'a', *(() if after == 'J45.909' else ('correct', after, None)))
+    same, moved = ([t.note for t in corrections(d, [note], f)][0] for f in (lambda t, patient: t, lambda t, patient: f'Ms. A. {t}'))
+    for n in (same, moved): assert [c.code for c in n.codes] == kept.split() and [c.code for c in n.codes if c.primary] == [after]
+    assert primary(same) == (after if after != '0DTJ4ZZ' else '')          # a diagnosis that nobody decided on is not made the first one
+    assert all(c.spans == {'I10': ((8, 11),), 'J45.909': ((0, 6),)}.get(c.code, ()) for c in same.codes) and not any(c.spans for c in moved.codes)
 
 
 def test_the_same_note_is_learned_once_with_the_latest_code(tmp_path):
@@ -557,8 +568,8 @@ def test_nothing_is_learned_without_a_way_to_deidentify(tmp_path):
     d = Decisions(tmp_path/'d.jsonl'); added(d)
     with pytest.raises(TypeError): corrections(d, [Note('visit-1', 'text')])
     with pytest.raises(EdgenbError, match='must be a function'): corrections(d, [Note('visit-1', 'text')], None)
-    with pytest.raises(EdgenbError, match='left no text of visit-1'): corrections(d, [Note('visit-1', 'text')], lambda t, patient: '')
-    with pytest.raises(EdgenbError, match='the first is visit-1'): corrections(d, [Note('other', 'text')], lambda t, patient: t)
+    with pytest.raises(EdgenbError, match='left no text of note 1 of the 1 given'): corrections(d, [Note('visit-1', 'text')], lambda t, patient: '')
+    with pytest.raises(EdgenbError, match=r'1 of 1 reviewed notes are not .* line 1 of .*d.jsonl'): corrections(d, [Note('other', 'text')], lambda t, patient: t)
 
 
 # -- what confirmation brings

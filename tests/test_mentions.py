@@ -239,7 +239,13 @@ def test_platt_takes_over_confidence_away():
 
 
 def test_a_translation_without_its_original_is_refused():
-    with pytest.raises(EdgenbError, match='note b'): project([Note('a', 'Tos.', language='es')], [Note('b', 'Cough.')])
+    with pytest.raises(EdgenbError, match='1 of 1 translations are of no note with evidence, the first is number 1') as e: project([Note('a', 'Tos.', language='es')], [Note('Smith', 'Cough.')])
+    assert 'Smith' not in str(e.value)
+
+
+def test_a_note_in_another_language_is_named_by_its_place():
+    with pytest.raises(EdgenbError, match="1 of 2 notes are not in 'es'.*note 2, is in 'en'") as e: Coder.fit([Note('a', 'Tos.', language='es'), Note('Smith', 'Cough.')], language='es')
+    assert 'Smith' not in str(e.value)
 
 
 def test_mentions_of_a_wrong_line_are_refused_by_file_and_line(tmp_path):

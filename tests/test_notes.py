@@ -189,16 +189,31 @@ def test_a_folder_of_texts_needs_a_line_for_each_and_each_line_a_text(tmp_path):
     (tmp_path/'b.txt').write_text('DM2')
     with pytest.raises(EdgenbError, match='no codes.csv'): read_notes(tmp_path)
     (tmp_path/'codes.csv').write_text('id,codes\na,j45909|I10\n')
-    with pytest.raises(EdgenbError, match='no line for b.txt'): read_notes(tmp_path)
+    with pytest.raises(EdgenbError, match='no line for 1 of 2 .txt files, the first is number 2 of them by name'): read_notes(tmp_path)
     (tmp_path/'codes.csv').write_text('id,codes,patient\na,j45909|I10,p\nb,,p\n')
     a, b = read_notes(tmp_path)
     assert a.text == 'CC: SOB\nA/P: asthma' and [c.code for c in a.codes] == ['J45.909', 'I10'] and primary(a) == 'J45.909' and b.codes == () and primary(b) == '' and b.patient == 'p'
-    for line, message in (('c,I10,p', 'line 4: there is no file c.txt'), ('a,I10,p', 'line 4: a.txt is there twice'), ('../a,I10,p', 'line 4: there is no file')):
+    for line, message in (('c,I10,p', 'line 4: there is no text of this id'), ('a,I10,p', 'line 4: this id is there twice, first on line 2'), ('../a,I10,p', 'line 4: there is no text')):
         (tmp_path/'codes.csv').write_text(f'id,codes,patient\na,j45909,p\nb,,p\n{line}\n')
         with pytest.raises(EdgenbError, match=message): read_notes(tmp_path)
     with pytest.raises(EdgenbError, match='no file or folder'): read_notes(tmp_path/'x')
     (tmp_path/'notes.xlsx').write_bytes(b'PK')
     with pytest.raises(EdgenbError, match='not from .xlsx'): read_notes(tmp_path/'notes.xlsx')
+
+
+def test_no_error_about_a_folder_shows_the_name_of_a_text_which_may_be_the_patients(tmp_path):
+    name, table = 'Smith_John_1961-04-02', tmp_path/'codes.csv'
+    (tmp_path/'a.txt').write_text('CC: SOB')
+    def refused(said, text='asthma'):
+        (tmp_path/f'{name}.txt').write_bytes(text.encode('latin-1'))
+        table.write_text('id,codes\na,I10\n' + said)
+        with pytest.raises(EdgenbError) as e: read_notes(tmp_path)
+        assert 'Smith' not in str(e.value)
+        return str(e.value)
+    assert 'no line for 1 of 2 .txt files, the first is number 1 of them' in refused('')
+    assert 'line 4: this id is there twice, first on line 3' in refused(f'{name},I10\n{name},I10\n') and 'line 3: there is no text' in refused(f'{name}x,I10\n')
+    assert 'codes.csv, line 3, line of the text 2: byte 0xf1' in refused(f'{name},I10\n', 'Dx:\nniña') and 'codes.csv, line 3: the note is empty' in refused(f'{name},I10\n', ' ')
+    assert 'codes.csv, line 3: E11: not billable' in refused(f'{name},E11\n')
 
 
 # CodiEsp
@@ -233,6 +248,14 @@ def test_a_faulty_copy_of_codiesp_is_refused_by_file_and_line(layout, name, old,
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(EdgenbError, match=f'{name}, {message}') as e: read_notes(layout, 'es')
     assert 'fiebre' not in str(e.value)
+
+
+def test_a_faulty_text_in_the_layout_of_codiesp_is_named_by_its_place_and_not_by_its_name(layout):
+    path = layout/'dev'/'text_files'/'dev-1.txt'
+    for content, message in ((b' ', 'the note is empty'), ('fiebre\nniña'.encode('latin-1'), 'line of the text 2: byte 0xf1')):
+        path.write_bytes(content)
+        with pytest.raises(EdgenbError, match=f'text_files, number 1 of 1 .txt files by name.*{message}') as e: read_notes(layout, 'es')
+        assert 'dev-1' not in str(e.value)
 
 
 def test_the_real_codiesp_has_the_cases_and_codes_it_should_and_evidence_is_where_it_says():

@@ -121,6 +121,19 @@ def test_codes_that_do_not_exist_are_named_and_left_out(tmp_path):
     assert not any(b'Marlowe' in p.read_bytes() for p in run.path.rglob('*') if p.is_file())
 
 
+def test_the_class_of_a_note_is_a_diagnosis_and_never_a_procedure_that_is_listed_first(tmp_path):
+    from edgenb.records import data, frozen_notes, judged_notes
+    mixed = [replace(n, codes=((Code('0DTJ4ZZ', 'ICD-10-PCS'), Code('J1100', 'HCPCS'))[i % 2], *(replace(c, primary=False) for c in n.codes))) for i, n in enumerate(visits())]
+    mixed[5] = replace(mixed[5], codes=(Code('0DTJ4ZZ', 'ICD-10-PCS', primary=True), Code('J1100', 'HCPCS')))
+    mixed[6] = replace(mixed[6], codes=())
+    run = Run(tmp_path/'run')
+    card = data(run, source=str(save_notes(mixed, tmp_path/'v.jsonl')), **READING)
+    assert card.result['classes'] == sorted(SAID) and {primary(n) for n in judged_notes(run)} <= set(SAID) and len(frozen_notes(run, 'all')) == 76
+    assert all(primary(n, 'ICD-10-PCS') or primary(n, 'HCPCS') for n in frozen_notes(run, 'all'))                     # what else was coded stays with the note
+    row, = (json.loads(l) for l in run.file('data', 'problems.jsonl').read_text().splitlines())
+    assert card.result['left_out']['without ICD-10-CM'] == card.result['problems'] == 1 and row['code'] == '0DTJ4ZZ' and 'no ICD-10-CM code' in row['problem'] and 'codes' not in accepted(card)
+
+
 def test_a_long_note_is_judged_as_one(tmp_path):
     from edgenb.data import units_of
     from edgenb.records import data
@@ -128,6 +141,18 @@ def test_a_long_note_is_judged_as_one(tmp_path):
     run = Run(tmp_path/'run')
     data(run, source=str(save_notes(long, tmp_path/'v.jsonl')), words=60, overlap=10, **READING)
     assert all(u.last - u.first > 3 for u in units_of(run))
+
+
+def test_no_window_is_trained_with_a_label_whose_evidence_is_elsewhere(tmp_path):
+    from edgenb.records import data, frozen_notes
+    def longer(n):
+        text = n.text + '. ' + ' '.join(f'Day {d} unchanged, ward round {n.id[-1]}.' for d in range(30)) + ' Former smoker.'
+        return replace(n, text=text, codes=(*n.codes, Code('Z87.891', spans=((len(text) - 14, len(text) - 1),))))
+    run = Run(tmp_path/'run')
+    data(run, source=str(save_notes([longer(n) for n in visits()], tmp_path/'v.jsonl')), words=60, overlap=10, **READING)
+    trained, tested = frozen_notes(run, 'train'), frozen_notes(run, 'test')
+    assert trained and all(any(s in n.text for s in SAID[primary(n)]) and 'smoker' not in n.text and [c.code for c in n.codes] == [primary(n)] for n in trained)
+    assert any('smoker' in n.text for n in tested) and all(len(n.codes) == 2 for n in tested)        # what is judged is read whole
 
 
 @pytest.fixture(scope='module')
@@ -320,6 +345,65 @@ def test_sixteen_bits_whose_scores_are_no_numbers_do_not_pass(merged, monkeypatc
     assert '\n' not in str(e.value)
 
 
+def test_a_name_that_is_added_to_the_clinics_list_goes_from_what_is_learned(read, source, tmp_path):
+    "The shipped bundle is not asked when decisions are on record, so that this run ends with `data` and a bundle of nothing."
+    from edgenb.core import room
+    from edgenb.decisions import Decisions
+    from edgenb.records import data, learn
+    @room(6, needs=('data',))
+    def ship(run): return {}
+    own, run = tmp_path/'own.txt', Run.start('names', read[0].pool.parent)
+    own.write_text('Marlowe\n')
+    data(run, source=source, own_names=str(own), **READING)
+    ship(run)
+    seen = visits()[:2]
+    record = Decisions(tmp_path/'decisions.jsonl')
+    record.add(seen[0].id, 'Dr. Osei', 'confirm', ('E11.9', 0.6), 'E11.9', 1, model='m', seconds=2.0)
+    given = dict(decisions=str(record.path), source=str(save_notes(seen, tmp_path/'reviewed.jsonl')))
+    first, left = learn(run, **given), lambda: run.file('learn', 'new_notes.jsonl').read_text()
+    assert not first.skipped and learn(run, **given).skipped and CANARY in left()
+    own.write_text(f'Marlowe\n{CANARY}\n')
+    again = learn(run, **given)
+    assert not again.skipped and CANARY not in left() and again.read['own names'] != first.read['own names']
+    own.unlink()
+    with pytest.raises(EdgenbError, match='own.txt does not exist'): learn(run, **given)
+
+
+def test_what_comes_back_from_the_desk_is_not_trained_on_where_its_note_or_patient_is_tested_on(read, source, tmp_path):
+    from edgenb.core import room
+    from edgenb.decisions import Decisions
+    from edgenb.notes import read_notes
+    from edgenb.records import data, frozen_notes, learn, spread
+    @room(6, needs=('data',))
+    def ship(run): return {}
+    run, placed = Run.start('returned', read[0].pool.parent), spread(visits(), {'test': 0.25, 'validation': 0.12, 'field': 0.1})
+    data(run, source=source, **READING)
+    ship(run)
+    of = lambda split: next(n for n in placed if n.split == split)
+    later = lambda n, i: replace(n, id=f'later-{i}', text=f'{n.text}. Seen again, {i} weeks later, as planned', codes=n.codes[:1])
+    seen = [replace(n, split='') for n in (of('test'), of('validation'), of('field'), later(of('test'), 2), later(of('train'), 3), replace(later(of('train'), 4), patient='Quimby 9'))]
+    record = Decisions(tmp_path/'decisions.jsonl')
+    for n in seen: record.add(n.id, 'Dr. Osei', *(('confirm', ('E11.9', 0.6), 'E11.9', 1) if primary(n) == 'E11.9' else ('correct', ('E11.9', 0.6), primary(n), 2)), model='m', seconds=2.0)
+    learn(run, decisions=str(record.path), source=str(save_notes(seen, tmp_path/'reviewed.jsonl')))
+    back, again = read_notes(new := run.file('learn', 'new_notes.jsonl')), Run.start('returned', read[0].pool.parent)
+    assert len(back) == 6 and not re.search('Marlowe|later-|Quimby', new.read_text())
+    card = data(again, source=source, extra=[str(new)], **READING)
+    frozen, held = frozen_notes(again, 'train'), frozen_notes(again, 'validation') + frozen_notes(again, 'test')
+    before = {n.text for n in frozen_notes(run, 'all')}
+    assert card.result['left_out']['extra, but of validation or test'] == 3 and 'leakage' not in accepted(card) and len(held) == len([n for n in placed if n.split in ('validation', 'test')])
+    assert {n.text for n in frozen} - before == {n.text for n in back} - before - {back[3].text} and len({n.text for n in back} - before) == 3      # as they came: not de-identified again
+    patients = json.loads(again.file('data', 'patients.json').read_text())
+    assert not {patients[n.id] for n in held} & {patients[n.id] for n in frozen}
+    (own := tmp_path/'own.txt').write_text(f'{CANARY}\n')                                                                                         # a name that was learned of since
+    data(wiser := Run.start('returned', read[0].pool.parent), source=source, extra=[str(new)], own_names=str(own), **READING)
+    assert wiser.card('data').result['left_out']['extra, but of validation or test'] == 3 and not any(CANARY in n.text for n in frozen_notes(wiser, 'all'))
+    patients = [json.loads(r.file('data', 'patients.json').read_text()) for r in (again, wiser)]
+    assert patients[0] == patients[1]
+    forged = save_notes([replace(back[5], text='Pt: John Marlowe, asthma, wheezing. ' + back[5].text)], tmp_path/'forged.jsonl')
+    data(elsewhere := Run.start('returned', read[0].pool.parent), source=source, extra=[str(forged)], **READING)
+    assert not any('John Marlowe' in n.text for n in frozen_notes(elsewhere, 'all'))                                                             # a text that was changed since is not believed
+
+
 def test_an_encoder_goes_the_same_way(read, tmp_path_factory):
     "A random encoder of two layers: its ONNX file answers as it does."
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -383,6 +467,12 @@ def test_a_patient_whom_the_source_puts_on_both_sides_fails_the_gate(tmp_path):
     both = [replace(n, split=('train', 'train', 'train', 'validation', 'test', 'train')[i % 6]) for i, n in enumerate(visits())]
     run = Run(tmp_path/'run')
     assert 'leakage' in accepted(data(run, source=str(save_notes(both, tmp_path/'v.jsonl')), **READING))
+
+
+def test_splits_of_some_notes_only_are_refused_and_not_drawn_anew(tmp_path):
+    from edgenb.records import data
+    some = [replace(n, split='test') if i < 20 else n for i, n in enumerate(visits())]
+    with pytest.raises(EdgenbError, match='20 notes have a split and 58 have none: .*Give every note with codes its split, or none'): data(Run(tmp_path/'run'), source=str(save_notes(some, tmp_path/'v.jsonl')), **READING)
 
 
 LM, ENCODER = ([dict(artifact=a, runtime=r, value=v, delta_low=-0.01, size_mb=mb, p95_ms=ms, verdict=said, reason='a reason') for a, r, v, mb, ms, said in rows] for rows in (
