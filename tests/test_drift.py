@@ -50,7 +50,7 @@ def test_single_precision_keeps_five_digits(scale, offset, dimensions):
     x, y = ((rng.normal(size=(1500, dimensions)) + s)*scale + offset*scale for s in (0, 0.02))
     x, y = x.astype(np.float32), y.astype(np.float32)
     single, double = (mmd_test(x.astype(t), y.astype(t), permutations=60, bandwidth=scale*dimensions**0.5) for t in (np.float32, np.float64))
-    assert single.statistic == pytest.approx(double.statistic, rel=1e-5) and single.p_value == double.p_value
+    assert single.statistic == pytest.approx(double.statistic, rel=1e-5, abs=5e-9) and single.p_value == double.p_value   # it is a difference of means of about a half, each rounded as this machine multiplies
 
 
 def test_a_row_far_out_does_not_cost_the_digits_of_the_others():
