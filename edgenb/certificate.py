@@ -144,5 +144,5 @@ def require(certificate: dict,   # of the data room
     failing = [g for g in certificate['gates'] if not g['passed']]
     if refused := [g for g in failing if g['gate'] not in accepted]:
         raise EdgenbError(f"the data has no certificate ({refused[0]['gate']}: {refused[0]['why']}): mend it, or pass accept_gates=['{refused[0]['gate']}'] "
-                          'to go on all the same; everything downstream will say so')
+                          f"(on the command line: -p accept_gates '{','.join(g['gate'] for g in failing)}'{', all that fail' if failing[1:] else ''}) to go on all the same; everything downstream will say so")
     return [g['gate'] for g in failing]

@@ -70,7 +70,7 @@ def _number_patterns():
     code, serial = r'(?P<phi>[A-Z]{0,4}-?\d(?:-?[A-Z\d]){3,14})\b', r'(?P<phi>(?=(?:[A-Z-]*\d){4})[A-Z\d]{2,}(?:-?[A-Z\d]){3,18})\b'
     record = r'mrn|mr ?#|med(?:ical)?\.? rec(?:ord)?|chart|acct|account|encounter|enc|visit|case|csn|har|accession|specimen|nhc|n[º°o]?\.? ?(?:de )?historia(?: clínica)?|historia(?: clínica)?|episodio|cipa?'
     area = r'(?:\+?1[-. ]?)?(?:\(\d{3}\) ?|\d{3}[-. /])\d{3}[-. ]\d{4}(?: ?(?:x|ext\.?) ?\d{1,6})?'
-    return [('record', .9, label(record, '#?') + code),
+    return [('record', .9, label(record, '#?') + code), ('record', .7, r'(?<![\w#])#[ \t]?(?P<phi>\d{5,12})\b'),   # short ones count problems and tablets
             ('ssn', .95, r'(?<![\d-])(?P<phi>(?:\d{3}|[xX*]{3})-(?:\d\d|[xX*]{2})-\d{4})(?![\d-])'), ('ssn', .95, label('ssn?|social security') + r'(?P<phi>\d{3}[- ]?\d\d[- ]?\d{4}|\d{4})\b'),
             ('ssn', .9, r'(?i)\b(?P<phi>(?:\d{8}|\d\d\.\d{3}\.\d{3})[- ]?[A-Z])\b'), ('ssn', .9, r'(?i)\b(?P<phi>[XYZ]-?\d{7}-?[A-Z])\b'), ('ssn', .8, r'(?<!\d)(?P<phi>\d\d[ /]\d{8}[ /]\d\d)(?!\d)'),
             ('licence', .9, label(r"member|subscriber|policy|medicare|medicaid|mbi|hicn|beneficiary|licen[sc]e|lic|dea|npi|driver'?s licen[sc]e|dl|(?:license )?plate|passport|certificate|póliza|tarjeta(?: sanitaria)?|matrícula|col(?:egiad[oa])?|pasaporte|carn[eé]t") + serial),

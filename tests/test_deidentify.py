@@ -271,3 +271,9 @@ def test_importing_the_module_loads_nothing_heavy():
     done = subprocess.run([sys.executable, '-c', "import sys, edgenb.deidentify, edgenb.recall; print([m for m in ('spacy', 'presidio_analyzer', 'torch', 'scipy', 'regex') if m in sys.modules])"],
                           env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])}, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == '[]', done.stdout + done.stderr
+
+
+def test_a_long_number_behind_a_hash_is_a_record_and_a_short_one_counts_something():
+    text, found = Deidentifier(key=b'0'*32).replace('Pt Johnson Butler (#9811335). Suprapubic discomfort. Disp #30, problem #2.', 'p')
+    assert '9811335' not in text and {k for *_, k in found} == {'name', 'record'}
+    assert text.endswith('Suprapubic discomfort. Disp #30, problem #2.')
