@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GIVEN', 'argument', 'command', 'command_recipes', 'command_run', 'command_predict', 'command_verify',
-           'command_compare', 'command_fit', 'command_weights', 'parser', 'main']
+           'command_compare', 'command_fit', 'command_weights', 'command_doctor', 'command_completion', 'parser',
+           'main']
 
 # %% ../nbs/17_cli.ipynb #61b96ae7
 import argparse, sys
@@ -147,6 +148,23 @@ def command_weights(args):
     for name in args.names: print(fetch(name))
     if not args.names:
         for name, row in bundled().items(): print(f"{name:<20} {'fetched' if fetched(name) else 'not fetched':<12} {row['what']} ({row['licence']})")
+
+# %% ../nbs/17_cli.ipynb #d0c70a02
+@command(argument('--json', action='store_true', help='as JSON'))
+def command_doctor(args):
+    "what is installed here, what is missing for what, and the command that adds it"
+    import json
+    from dataclasses import asdict
+    from edgenb.doctor import doctor_text, machine_facts, parts
+    found, facts = parts(), machine_facts()
+    print(json.dumps({'machine': facts, 'parts': [asdict(p) | {'state': p.state} for p in found]}) if args.json else doctor_text(found, facts))
+    return 1 if found[0].state != 'ready' or any(p.wrong for p in found) else 0
+
+@command(argument('shell', choices=('bash', 'zsh', 'tcsh'), help='the shell it is for'))
+def command_completion(args):
+    "print what lets a shell complete edgenb's commands and options: eval \"$(edgenb completion bash)\""
+    import shtab
+    print(shtab.complete(parser(), args.shell))
 
 # %% ../nbs/17_cli.ipynb #9ce138b1
 def parser() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ def test_help_loads_no_heavy_library(args):
 
 
 @pytest.mark.parametrize('module', ['edgenb', 'edgenb.core', 'edgenb.pipeline', 'edgenb.data', 'edgenb.tune', 'edgenb.squeeze', 'edgenb.compile', 'edgenb.runtime', 'edgenb.search', 'edgenb.bisect', 'edgenb.choice', 'edgenb.device', 'edgenb.size', 'edgenb.remote', 'edgenb.verify', 'edgenb.ship',
-                                    'edgenb.watch', 'edgenb.learn', 'edgenb.mill', 'edgenb.panel', 'edgenb.device', 'edgenb.recipes.wafer'])
+                                    'edgenb.watch', 'edgenb.learn', 'edgenb.mill', 'edgenb.panel', 'edgenb.doctor', 'edgenb.recipes.wafer'])
 def test_modules_load_no_torch(module):
     done = subprocess.run([sys.executable, '-c', f"import sys, {module}; assert not {{'torch', 'transformers', 'peft', 'sklearn'}} & set(sys.modules)"], cwd=root)
     assert done.returncode == 0
@@ -91,3 +91,13 @@ def test_the_workspace_settings_decide_where_runs_go(tmp_path):
     assert done.returncode == 0 and Path(done.stdout.splitlines()[-1]).parent == tmp_path/'elsewhere'/'wafer'
     (tmp_path/'settings.ini').write_text('[gates]\ntolerence = 0.1\n')
     refused(call('run', root/'nbs'/'recipes'/'wafer.ipynb', cwd=tmp_path), 'Did you mean [gates] tolerance')
+
+
+@pytest.mark.parametrize('shell', ['bash', 'zsh'])
+def test_a_shell_can_complete_commands_and_options(shell, tmp_path):
+    import shutil
+    script = call('completion', shell).stdout
+    assert 'doctor' in script and '--help-notebook' in script
+    if shutil.which(shell):
+        (tmp_path/'completion').write_text(script)
+        assert subprocess.run([shell, '-n', tmp_path/'completion']).returncode == 0

@@ -127,3 +127,11 @@ def test_a_device_measures_and_questions_a_bundle_with_the_base_install(device, 
     for arguments, words in [((bundle,), 'pass image files'), ((bundle, '--images', device/'nowhere.png'), 'nowhere.png does not exist'), ((images[0].parent, '--images', images[0]), 'is not a bundle')]:
         done = verify(*arguments)
         assert done.returncode == 2 and done.stdout == '' and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_bare_install_says_what_it_has_and_the_command_that_adds_the_rest(device):
+    done = run_in(device/'venv'/'bin'/'python', device/'venv'/'bin'/'edgenb', 'doctor', '--json', cwd=device)
+    assert done.returncode == 0, done.stderr
+    parts = {p['extra']: p for p in json.loads(done.stdout)['parts']}
+    assert {parts[e]['state'] for e in ('', 'onnxruntime')} == {'ready'} and parts['lab']['state'] == 'missing'
+    assert 'torch' in parts['lab']['missing'] and 'pip install' in parts['lab']['command'] and parts['lab']['command'].endswith("[lab]'")
