@@ -111,10 +111,10 @@ def vllm_command(folder: str | Path,   # the merged Hugging Face folder
 
 def vllm_readme(folder: str | Path, name: str, prompt) -> str:
     "How to serve a folder with vLLM (0.12 or later) and ask it as the recipe did: Markdown."
-    body = {'model': name, 'prompt': prompt.prefix + 'NOTE' + prompt.suffix, 'add_special_tokens': False, 'temperature': 0, 'stop': [prompt.end], 'structured_outputs': {'choice': list(prompt.answers)}}
+    body = {'model': name, 'prompt': prompt.prefix + 'NOTE' + prompt.suffix, 'add_special_tokens': False, 'temperature': 0, 'stop': [prompt.end], 'structured_outputs': {'choice': list(prompt.texts)}}
     return (f"# {name} with vLLM\n\n```sh\n{shlex.join(vllm_command(folder, name))}\n```\n\nPut the note in place of NOTE, cut to {prompt.max_tokens} tokens, and POST this to `/v1/completions`; "
             f"the answer is one of the {len(prompt.answers)} there are. A note must not hold special tokens such as `{prompt.end}`: vLLM would read them as such, llama.cpp as edgenb drives it does not.\n\n"
-            f"```json\n{json.dumps(body, indent=1, ensure_ascii=False)}\n```\n")
+            f"```json\n{json.dumps(body, indent=1, ensure_ascii=False)}\n```\n" + (''.join(['\nWhat is written stands for:\n\n', *(f'- {w}: {a}\n' for a, w in zip(prompt.answers, prompt.wordings))]) if prompt.wordings else ''))
 
 # %% ../nbs/52_handoff.ipynb #2eb373da
 GPU_METHODS = {'awq': 'AWQ: 4-bit weights, scaled by activations', 'gptq': 'GPTQ: 4-bit weights, each rounding made up for by the next'}

@@ -307,7 +307,7 @@ class Prompted(Reader):
         self._prefix, self._suffix = self.begun(self.tokenize(prompt.prefix, special=True)), self.tokenize(prompt.suffix, special=True)
         if not self._suffix: raise EdgenbError('a prompt needs a suffix: what stands between the note and the answer')
         end = self.tokenize(prompt.end, special=True)
-        answers = [self.tokenize(a) + end for a in prompt.answers]
+        answers = [self.tokenize(a) + end for a in prompt.texts]
         self._trie = Trie(answers)
         self._parts, self._prompt = self._trie.parts(SEQUENCES - 1), prompt
         self._room = max((len(nodes) for nodes, _ in self._parts), default=0)
@@ -403,7 +403,7 @@ class Scorer(Prompted):
         self._prepare(prompt)
         found = []
         for note, answer in zip(notes, answers, strict=True):
-            tokens = self.tokenize(answer) + self.tokenize(prompt.end, special=True)
+            tokens = self.tokenize(prompt.text(answer)) + self.tokenize(prompt.end, special=True)
             head, at = self._head(note, prompt, len(tokens))
             read = head + tokens[:-1]
             self._say(read, at, len(tokens))

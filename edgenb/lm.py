@@ -23,16 +23,27 @@ class Prompt:
     answers: tuple    # every answer there is, in the order of the scores
     end: str          # the token that ends an answer
     max_tokens: int   # of a note; the rest of it is not read
+    wordings: tuple = ()   # what the model writes for each answer; (): the answer itself
 
     def __post_init__(self):
-        object.__setattr__(self, 'answers', tuple(self.answers))
+        for field in ('answers', 'wordings'): object.__setattr__(self, field, tuple(getattr(self, field)))
         if not self.answers: raise EdgenbError('a prompt needs answers: pass at least one')
-        if odd := [a for a in self.answers if not isinstance(a, str) or not a.strip() or a != a.strip()]: raise EdgenbError(f'an answer must be text without space around it, not {odd[0]!r}')
-        if len(set(self.answers)) < len(self.answers): raise EdgenbError(f'the answer {next(a for a in self.answers if self.answers.count(a) > 1)} is given twice')
+        if odd := [a for a in (*self.answers, *self.wordings) if not isinstance(a, str) or not a.strip() or a != a.strip()]: raise EdgenbError(f'an answer must be text without space around it, not {odd[0]!r}')
+        if self.wordings and len(self.wordings) != len(self.answers): raise EdgenbError(f'there are {len(self.answers)} answers and {len(self.wordings)} wordings: pass one for each')
+        for what, given in (('answer', self.answers), ('wording', self.wordings)):
+            if len(set(given)) < len(given): raise EdgenbError(f'the {what} {next(a for a in given if given.count(a) > 1)} is given twice')
         if not self.end: raise EdgenbError('a prompt needs the token that ends an answer')
         within('a prompt', 1, None, max_tokens=self.max_tokens)
 
-    def to_dict(self) -> dict: return {**asdict(self), 'answers': list(self.answers)}
+    @property
+    def texts(self) -> tuple: return self.wordings or self.answers   # what is written for each answer
+
+    def text(self, answer: str) -> str:
+        "What the model writes for an answer."
+        if answer not in self.answers: raise EdgenbError(f'{answer!r} is not among the {len(self.answers)} answers of the prompt')
+        return self.texts[self.answers.index(answer)]
+
+    def to_dict(self) -> dict: return {**asdict(self), 'answers': list(self.answers), 'wordings': list(self.wordings)}
 
     @classmethod
     def from_dict(cls, told: dict) -> 'Prompt':
@@ -128,7 +139,9 @@ def make_prompt(tokenizer,
                 instruction: str,                            # what to do, with the codes if they are few
                 answers,                                     # every answer there is
                 question: str = 'Clinical note: {note}',     # the user's turn
-                max_tokens: int = 512) -> Prompt:            # of a note
+                max_tokens: int = 512,                       # of a note
+                wordings=()                                  # what is written for each answer; (): the answer itself
+               ) -> Prompt:
     "The prompt that a tokenizer's chat template makes."
     if not tokenizer.chat_template: raise EdgenbError(f'the tokenizer of {tokenizer.name_or_path} has no chat template: pass an instruction-tuned model')
     if question.count('{note}') != 1: raise EdgenbError(f'the question must hold {{note}} once: {question!r}')
@@ -139,7 +152,7 @@ def make_prompt(tokenizer,
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     end = next((i for i in after if i in special), tokenizer.eos_token_id)
     if end is None: raise EdgenbError(f'the tokenizer of {tokenizer.name_or_path} has no token that ends a turn')
-    return Prompt(*pieces, tuple(answers), tokenizer.convert_ids_to_tokens(end), max_tokens)
+    return Prompt(*pieces, tuple(answers), tokenizer.convert_ids_to_tokens(end), max_tokens, tuple(wordings))
 
 def _tokens(tokenizer, text, special=False):   # tokens of a piece; text that reads like a special token becomes one only where `special`
     return tokenizer(text, add_special_tokens=False, split_special_tokens=not special)['input_ids']
@@ -155,9 +168,8 @@ def pieces_of(tokenizer, prompt: Prompt, note: str) -> tuple:
     return _tokens(tokenizer, prompt.prefix, True), _tokens(tokenizer, note)[:prompt.max_tokens], _tokens(tokenizer, prompt.suffix, True)
 
 def answer_of(tokenizer, prompt: Prompt, answer: str) -> list:
-    "Tokens of an answer and of its end."
-    if answer not in prompt.answers: raise EdgenbError(f'{answer!r} is not among the {len(prompt.answers)} answers of the prompt')
-    return _tokens(tokenizer, answer) + [tokenizer.convert_tokens_to_ids(prompt.end)]
+    "Tokens of what is written for an answer, and of its end."
+    return _tokens(tokenizer, prompt.text(answer)) + [tokenizer.convert_tokens_to_ids(prompt.end)]
 
 # %% ../nbs/41_lm.ipynb #0fe59705
 def tree(chains: list   # of (tokens, number of the chain whose end it hangs off; -1: the root)

@@ -86,6 +86,15 @@ def test_the_tree_gives_what_reading_each_answer_alone_gives(engine):
             assert abs(constrained(alone, tokens, answers) - found[n, k]) < NEAR
 
 
+def test_what_is_written_for_a_code_is_scored_and_the_code_is_answered(engine):
+    from dataclasses import replace
+    words = [f'{c} in words' for c in CODES]
+    worded, plain = replace(PROMPT, wordings=tuple(words)), replace(PROMPT, answers=tuple(words))
+    assert (engine.score(NOTES, worded)['logits'] == engine.score(NOTES, plain)['logits']).all()
+    assert engine.code(NOTES, worded) == [CODES[words.index(w)] for w in engine.code(NOTES, plain)]
+    assert (engine.token_logprobs(NOTES[:1], CODES[:1], worded)[0] == engine.token_logprobs(NOTES[:1], words[:1], plain)[0]).all()
+
+
 def test_the_prompt_cache_changes_nothing(path, engine):
     with Engine(path, prompt_cache=False) as plain:
         assert np.allclose(engine.score(NOTES, PROMPT)['logits'], plain.score(NOTES, PROMPT)['logits'], atol=NEAR)

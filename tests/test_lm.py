@@ -67,6 +67,10 @@ def test_a_prompt_survives_json_and_refuses_what_cannot_be_answered():
     for answers, word in (((), 'at least one'), (('E11', 'E11'), 'E11 is given twice'), (('E11', ' '), 'space'), (('E11 ',), 'space')):
         with pytest.raises(EdgenbError, match=word): Prompt('a', 'b', answers, '<e>', 9)
     with pytest.raises(EdgenbError, match='not a prompt'): Prompt.from_dict({'prefix': 'a'})
+    worded = Prompt('a', 'b', ('E11', 'E11.9'), '<e>', 9, ('diabetes', 'diabetes, no more'))
+    assert Prompt.from_dict(json.loads(json.dumps(worded.to_dict()))) == worded and worded.text('E11.9') == 'diabetes, no more' and p.text('E11.9') == 'E11.9'
+    for wordings, word in ((('one',), '2 answers and 1 wordings'), (('one', 'one'), 'wording one is given twice'), (('one', ' two'), 'space')):
+        with pytest.raises(EdgenbError, match=word): Prompt('a', 'b', ('E11', 'E11.9'), '<e>', 9, wordings)
 
 def test_importing_lm_and_lora_loads_no_torch():
     import subprocess, sys
@@ -126,6 +130,14 @@ def test_scores_are_those_of_each_text_on_its_own(tiny, prompt, notes):
         assert np.abs(found['logits'] - plain).max() < 1e-3 and found['logits'].dtype == found['embedding'].dtype == np.float32 and found['embedding'].shape == (7, 64)
         assert np.allclose(np.log(np.exp(found['logits']).sum(1)), 0, atol=1e-5)
     assert lm_callable(model, tokenizer, prompt)([])['logits'].shape == (0, 3)
+
+def test_what_is_written_for_a_code_is_what_is_scored(tiny, notes):
+    model, tokenizer = load_base(tiny)
+    codes, words = ['E11', 'I10', 'J45'], ['sugar', 'pressure', 'asthma, mild']
+    worded, plain = make_prompt(tokenizer, INSTRUCTION, codes, wordings=words), make_prompt(tokenizer, INSTRUCTION, words)
+    for a, b in zip(lm_callable(model, tokenizer, worded)(notes[0][0][:4]).values(), lm_callable(model, tokenizer, plain)(notes[0][0][:4]).values()): assert (a == b).all()
+    for a, b in zip(token_logprobs(model, tokenizer, worded, notes[0][0][:2], codes[1:]), token_logprobs(model, tokenizer, plain, notes[0][0][:2], words[1:])): assert (a == b).all()
+    assert encode(tokenizer, worded, 'x', 'J45') == encode(tokenizer, plain, 'x', 'asthma, mild')
 
 def test_only_the_ways_to_forks_are_read_and_one_answer_may_begin_another():
     assert answer_tree([[5, 6, 9], [5, 6, 7, 9], [8, 3, 9]]) == ([([], -1), ([5, 6], 0)], [{5: [0, 1], 8: [2]}, {9: [0], 7: [1]}])
