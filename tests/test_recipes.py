@@ -141,11 +141,10 @@ def icd(tmp_path_factory):
     (workspace/'settings.ini').write_text((root/'settings.ini').read_text())
     (workspace/'nbs').symlink_to(root/'nbs')
     go = [sys.executable, '-c', OFFLINE, str(edgenb), 'run', 'icd', '-p', 'smoke', 'true', '-p', 'num_threads', '1', '--no-progress', '--json']
-    process = subprocess.Popen(go, cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    out, err = process.communicate(timeout=900)
-    if process.returncode == 77: pytest.skip('this system allows no network namespaces')
-    assert process.returncode == 0, err
-    return workspace, json.loads(out.splitlines()[-1])
+    done = subprocess.run(go, cwd=workspace, capture_output=True, text=True, timeout=1200)   # ends it, too
+    if done.returncode == 77: pytest.skip('this system allows no network namespaces')
+    assert done.returncode == 0, done.stderr
+    return workspace, json.loads(done.stdout.splitlines()[-1])
 
 
 def test_icd_goes_round_the_whole_loop_without_a_network(icd):
