@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GIVEN', 'argument', 'command', 'command_recipes', 'command_run', 'command_predict', 'command_verify',
-           'command_compare', 'command_fit', 'command_weights', 'parser', 'main']
+           'command_compare', 'command_fit', 'command_weights', 'command_card', 'parser', 'main']
 
 # %% ../nbs/17_cli.ipynb #61b96ae7
 import argparse, sys
@@ -147,6 +147,21 @@ def command_weights(args):
     for name in args.names: print(fetch(name))
     if not args.names:
         for name, row in bundled().items(): print(f"{name:<20} {'fetched' if fetched(name) else 'not fetched':<12} {row['what']} ({row['licence']})")
+
+# %% ../nbs/17_cli.ipynb #5d0c76a1
+@command(argument('run', help='folder of a run that has shipped'),
+         argument('--out', metavar='PATH', default='', help="file or folder to write to (default: README.md in the run's folder)"),
+         argument('--license', metavar='ID', default='', help='licence of the model as the hub names it, such as apache-2.0 (default: unknown)'),
+         argument('--dataset', metavar='NAME', default='', help='what to call the data set'),
+         argument('--push', metavar='NAME/MODEL', help='also put card and bundle on the Hugging Face hub, into this repository (private if it is new)'))
+def command_card(args):
+    "write a model card from what a run has measured"
+    from edgenb.card import push, write_card
+    from edgenb.core import Run
+    run = Run(args.run)
+    path = write_card(run, args.out, args.license, args.dataset)
+    if args.push: print(push(run, args.push, path))
+    print(path)
 
 # %% ../nbs/17_cli.ipynb #9ce138b1
 def parser() -> argparse.ArgumentParser:
