@@ -4,7 +4,7 @@ Every notebook is executed, and the executed notebook is kept in `_book/` under 
 interrupted one goes on. Recipes run at full size through `edgenb run`, whose rooms are skipped where a run has done the same; `--smoke` makes a quick
 book whose numbers mean nothing. A page that fails is shown with its error, and the build ends with exit code 1 and its name. docs/adr/0036 says why so.
 """
-import argparse, ast, concurrent.futures, datetime, functools, hashlib, html, importlib.metadata, importlib.util, json, os, platform, posixpath, re, shutil, subprocess, sys, threading, time, tomllib
+import argparse, ast, concurrent.futures, datetime, functools, hashlib, importlib.metadata, importlib.util, json, os, platform, re, shutil, subprocess, sys, threading, time, tomllib
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -319,7 +319,7 @@ def widget_script() -> bytes:
     return (ROOT/'docs'/'site'/'widgets.js').read_text(encoding='utf-8').replace('/*LIBRARY*/', text).encode()
 
 
-def assemble(found: list, made: dict, site: Path, cache: Path, out: Path, api: bool = True) -> list:   # of problems
+def assemble(found: list, made: dict, site: Path, cache: Path, out: Path, api: bool = True, front: Path = ROOT/'docs'/'site'/'index.md') -> list:   # of problems
     "Write the folder that smalldocs renders."
     import plotly.offline, smalldocs, yaml
     shutil.rmtree(site, ignore_errors=True); site.mkdir(parents=True)
@@ -347,8 +347,8 @@ def assemble(found: list, made: dict, site: Path, cache: Path, out: Path, api: b
     if any(a.startswith('widgets/') for a in assets): assets['static/widgets.js'] = widget_script()
     for path, content in assets.items(): (site/path).parent.mkdir(parents=True, exist_ok=True); (site/path).write_bytes(content)
     shutil.copyfile(ROOT/'docs'/'site'/'book.css', site/'book.css')
-    front = (ROOT/'docs'/'site'/'index.md').read_text(encoding='utf-8').replace('<!-- loop -->', f'```{{=html}}\n<div class="loop">{loop_svg(4)}{loop_svg(2)}</div>\n```')
-    (site/'index.md').write_text(relink(front, 'docs/site/index.md', pages, problems), encoding='utf-8')
+    first = front.read_text(encoding='utf-8').replace('<!-- loop -->', f'```{{=html}}\n<div class="loop">{loop_svg(4)}{loop_svg(2)}</div>\n```')
+    (site/'index.md').write_text(relink(first, front.relative_to(ROOT).as_posix() if front.is_relative_to(ROOT) else front.as_posix(), pages, problems), encoding='utf-8')
     (site/'404.md').write_text('---\ntitle: "There is no such page"\nsearch: false\n---\n\nGo to [the first page](/index.md), or search.\n', encoding='utf-8')
     repository = project_url()
     (site/'_smalldocs.yml').write_text(yaml.safe_dump({
@@ -358,7 +358,7 @@ def assemble(found: list, made: dict, site: Path, cache: Path, out: Path, api: b
                                'tools': [{'icon': 'github', 'href': repository, 'aria-label': 'Source'}] if repository else [], 'tools-collapse': False},
                     'sidebar': {'style': 'docked', 'collapse-level': 1, 'contents': navigation(found, site)}},
         'theme': {'light': 'bootstrap', 'dark': 'dark.css'}, 'css': 'book.css', 'toc': True, 'toc-depth': 3, 'linkify': True, 'lang': 'en', 'from': 'markdown-tex_math_dollars-smart', 'code-overflow': 'scroll',
-        'include-after-body': [{'text': ''}]}, allow_unicode=True, sort_keys=False), encoding='utf-8')
+        }, allow_unicode=True, sort_keys=False), encoding='utf-8')
     return problems
 
 

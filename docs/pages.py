@@ -1,5 +1,5 @@
 "Turns an executed notebook into a page that needs nothing from outside: a pure function of the notebook, tried by tests/test_book.py."
-import ast, base64, hashlib, html, json, os, posixpath, re
+import ast, base64, hashlib, html, json, posixpath, re
 from dataclasses import dataclass, field
 
 PLOTLY, VIEW, STATE = 'application/vnd.plotly.v1+json', 'application/vnd.jupyter.widget-view+json', 'application/vnd.jupyter.widget-state+json'
