@@ -316,6 +316,9 @@ def widget_script() -> bytes:
     "The library that shows saved widgets, which ipywidgets brings along, inside the few lines that feed it."
     library = Path(importlib.util.find_spec('widgetsnbextension').submodule_search_locations[0])/'static'/'extension.js'
     text = re.sub(r'\n?//# sourceMappingURL=\S*', '', library.read_text(encoding='utf-8'))
+    manager = re.search(r'(\d+):\(e,t,(\w)\)=>\{"use strict";\2\.r\(t\),\2\.d\(t,\{WidgetManager:', text)   # its module of the bundle, which is not among what the bundle exports
+    if not manager or text.count('e.exports={load_ipython_extension:') != 1: raise SystemExit(f'{library} is not as the book knows it: install the ipywidgets of constraints.txt')
+    text = text.replace('e.exports={load_ipython_extension:', f'e.exports={{...n({manager[1]}),load_ipython_extension:')
     return (ROOT/'docs'/'site'/'widgets.js').read_text(encoding='utf-8').replace('/*LIBRARY*/', text).encode()
 
 

@@ -32,10 +32,13 @@ class Prompt:
         if not self.end: raise EdgenbError('a prompt needs the token that ends an answer')
         within('a prompt', 1, None, max_tokens=self.max_tokens)
 
-    def to_dict(self) -> dict: return {**asdict(self), 'answers': list(self.answers)}
+    def to_dict(self) -> dict:
+        "As JSON values."
+        return {**asdict(self), 'answers': list(self.answers)}
 
     @classmethod
     def from_dict(cls, told: dict) -> 'Prompt':
+        "What `to_dict` gave."
         try: return cls(**told)
         except TypeError as e: raise EdgenbError(f'this is not a prompt: {str(e).removeprefix("Prompt.__init__() ")}') from None
 

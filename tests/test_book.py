@@ -188,7 +188,7 @@ def test_every_command_in_the_documentation_is_one(where, line):
         assert args.device in devices()
 
 
-DOCUMENTED = 0.937   # share of public names with a docstring and of parameters with a type or a comment; it may only rise
+DOCUMENTED = 0.94   # share of public names with a docstring and of parameters with a type or a comment; it may only rise
 
 
 def test_what_is_public_is_documented():

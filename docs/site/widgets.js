@@ -1,16 +1,17 @@
-// Shows saved ipywidgets without a kernel. What stands between the two markers is the library that ipywidgets brings with it (widgetsnbextension); it
-// expects the classic notebook around it, of which it gets what it asks for: a version number, and a `requirejs` that never answers.
+// Shows saved ipywidgets without a kernel. Where the marker stands comes the library that ipywidgets brings with it (widgetsnbextension); it
+// expects the classic notebook around it, of which it gets what it asks for.
 (() => {
   "use strict";
   let lib = null;
-  const requirejs = Object.assign(() => {}, { config() {}, undef() {} });
+  const Jupyter = { version: "6.5.0", notebook: { container: { on() {} } } };
+  const outputarea = { OutputArea: class { register_mime_type() {} } };
+  const requirejs = Object.assign((names, ok) => { if (names.length === 3 && names[2] === "notebook/js/outputarea") ok(Jupyter, { on() {} }, outputarea); }, { config() {}, undef() {} });
   const before = window.requirejs;
   window.requirejs = requirejs;
-  const Jupyter = { version: "6.5.0", notebook: null, keyboard_manager: {} };
-  const define = (needs, make) => { lib = make({ id: "widgets", uri: "" }); };
-  define.amd = {};
+  const define = (needs, make) => { lib = make({ id: "widgets", uri: location.href }); };
   /*LIBRARY*/
   if (before === undefined) delete window.requirejs; else window.requirejs = before;
+  lib.load_ipython_extension();   // its style sheets
 
   const ManagerBase = Object.getPrototypeOf(lib.WidgetManager);
   // What a cell printed inside an Output widget.
