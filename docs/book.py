@@ -108,6 +108,11 @@ def keep(cache: Path, e: Entry, notebook: dict):
     write_atomic(path, json.dumps(notebook, ensure_ascii=False))
 
 
+def outdated(notebook: dict) -> dict:
+    "An executed notebook that no longer is what would be executed."
+    return {**notebook, 'metadata': {**notebook['metadata'], 'book': notebook['metadata']['book'] | {'stale': True}}}
+
+
 def here() -> dict:
     "Where this is executed."
     from edgenb.core import _versions
@@ -166,7 +171,7 @@ def execute(found: list, cache: Path, smoke: bool, workers: int, only: list) -> 
         old = kept(cache, e)
         wanted = key(e.source, smoke and e.kind == 'recipe')
         if old and old['metadata']['book'].get('key') == wanted and old['metadata']['book']['ok']: made[e.target] = old
-        elif only and not any(e.target == o or e.source.stem == o for o in only): made[e.target] = old or json.loads(e.source.read_text(encoding='utf-8'))
+        elif only and not any(e.target == o or e.source.stem == o for o in only): made[e.target] = outdated(old) if old else json.loads(e.source.read_text(encoding='utf-8'))
         else: todo.append((e, wanted))
     if not todo: return made
     def one(e, wanted, threads):
@@ -241,6 +246,7 @@ def around(e: Entry, book: dict) -> tuple:   # Markdown above and below
     "What the reader must know of how a page was made, before and after it."
     above, source = [], e.source.relative_to(ROOT).as_posix() if e.source.is_relative_to(ROOT) else e.source.name
     if not book: return f'::: {{.callout-note}}\n## Not executed\nThis page was not executed when the book was built: it shows no outputs.\n:::', f'::: {{.made}}\nMade from `{source}`.\n:::'
+    if book.get('stale'): above.append('::: {.callout-note}\n## Executed earlier\nThis page shows an earlier execution; the notebook, or something it uses, has changed since.\n:::')
     if book.get('error'): above.append(f'::: {{.callout-important}}\n## This page stopped with an error\n`{book["error"].splitlines()[0].replace("`", chr(39))[:300]}`\n\nWhat comes after the cell that failed was not executed.\n:::')
     if book.get('smoke'): above.append(f'::: {{.callout-warning}}\n## Smoke run: the numbers on this page mean nothing\nThis page shows a tiny run that only proves that every step works, on {"synthetic" if book.get("data") == "synthetic" else "a little"} data. '
                                        f'`make docs` makes it with the real run. Made on {made_of(book)}.\n:::')
