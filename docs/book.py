@@ -325,6 +325,7 @@ def widget_script() -> bytes:
     manager = re.search(r'(\d+):\(e,t,(\w)\)=>\{"use strict";\2\.r\(t\),\2\.d\(t,\{WidgetManager:', text)   # its module of the bundle, which is not among what the bundle exports
     if not manager or text.count('e.exports={load_ipython_extension:') != 1: raise SystemExit(f'{library} is not as the book knows it: install the ipywidgets of constraints.txt')
     text = text.replace('e.exports={load_ipython_extension:', f'e.exports={{...n({manager[1]}),load_ipython_extension:')
+    text = re.sub(r'/\* @import url\([^)]*\); \*/', '', text)   # a font it does not load, either
     return (ROOT/'docs'/'site'/'widgets.js').read_text(encoding='utf-8').replace('/*LIBRARY*/', text).encode()
 
 
@@ -400,7 +401,7 @@ class _Links(HTMLParser):
         if self.inside: self.scripts.append(data)
 
 
-REQUESTS = re.compile(r'''(?:\b(?:import|importScripts|fetch)\s*\(\s*|\bfrom\s*|\bimport\s*|@import\s+(?:url\(\s*)?|url\(\s*|\.src\s*=\s*)["'`]?(?:https?:)?//[\w.-]+''')
+REQUESTS = re.compile(r"""(?:(?:\b(?:import|importScripts|fetch)\s*\(\s*|\bfrom\s*|\bimport\s*|\.src\s*=\s*)["'`]|(?:@import\s+|url\(\s*)["'`]?)(?:https?:)?//[\w.-]+""")
 
 
 def check(out: Path) -> list:   # of problems, in words
@@ -422,7 +423,7 @@ def check(out: Path) -> list:   # of problems, in words
             if not to.is_file(): problems.append(f'{where}: {href} leads nowhere')
             elif mark and to in read and mark not in read[to].ids: problems.append(f'{where}: {href} has no such place')
         problems += [f'{where}: asks for {m[0]}' for s in found.scripts for m in REQUESTS.finditer(s)]
-    own = [p for ext in ('css', 'js') for p in out.rglob(f'*.{ext}') if p.parent.name not in ('plots', 'widgets')]
+    own = [p for ext in ('css', 'js') for p in out.rglob(f'*.{ext}') if p.parent.name not in ('plots', 'widgets') and p.name != 'plotly.min.js']   # plotly's maps do, and pages.py draws none
     problems += [f'{p.relative_to(out).as_posix()}: asks for {m[0]}' for p in own for m in REQUESTS.finditer(p.read_text(encoding='utf-8')) if 'w3.org' not in m[0]]
     return problems
 

@@ -104,6 +104,8 @@ def defined(code: str, module: str, symbols: dict, up: str) -> tuple:   # (HTML 
 
 def plot(figure: dict, still: str | None, up: str, assets: dict) -> str:
     "A plotly figure: its still picture, which the page's script makes live when it is looked at."
+    if any(re.search(r'map|geo|choropleth', t.get('type', '').replace('heatmap', '').replace('treemap', '')) for t in figure.get('data', [])):   # maps are loaded from a server
+        return f'<img src="{up}{still}" alt="Map" loading="lazy">' if still else '<p>A map, which would be loaded from a server, is left out.</p>'
     layout = {k: v for k, v in figure.get('layout', {}).items() if k not in ('width', 'template')}   # as wide as the page; colours of the page
     body = json.dumps({'data': figure.get('data', []), 'layout': layout}, separators=(',', ':'), ensure_ascii=False)
     name = hashlib.sha256(body.encode()).hexdigest()[:16]

@@ -144,7 +144,7 @@ def write_card(run: Run,
                to: str | Path = '',   # a file or a folder; empty: the run's folder
                license: str = '', dataset: str = '') -> Path:
     "Write the model card of a shipped run as README.md."
-    path = Path(to or run.path)
+    path = Path(to or shipped(run).path)
     path = path/'README.md' if path.is_dir() or not path.suffix else path
     if (path.parent/'manifest.json').is_file(): raise EdgenbError(f'{path.parent} is a bundle, which a further file would make invalid: write the card beside it')
     text = card_text(facts(run), license, dataset)

@@ -90,6 +90,12 @@ def test_a_plot_without_a_still_picture_says_that_it_needs_javascript():
     assert '<noscript>' in html_of(made(code('x', {'output_type': 'display_data', 'metadata': {}, 'data': {PLOTLY: {'data': [], 'layout': {'title': 'T'}}}})))
 
 
+def test_a_map_which_would_be_loaded_from_a_server_is_left_out():
+    figure = lambda kind: {'output_type': 'display_data', 'metadata': {}, 'data': {PLOTLY: {'data': [{'type': kind}], 'layout': {}}}}
+    p = made(code('x', figure('scattermapbox'), figure('choropleth'), figure('heatmap'), figure('treemap')))
+    assert len([k for k in p.assets if k.startswith('plots/')]) == 2 and html_of(p).count('left out') == 2 and html_of(p).count('edgenb-plot') == 2
+
+
 def widget(model='IntSliderModel'): return {STATE: {'version_major': 2, 'version_minor': 0, 'state': {'abc': {'model_name': 'HBoxModel', 'model_module': '@jupyter-widgets/controls', 'state': {'children': ['IPY_MODEL_def']}}, 'def': {'model_name': model, 'state': {}}}}}
 def view(plain): return {'output_type': 'display_data', 'metadata': {}, 'data': {VIEW: {'model_id': 'abc'}, 'text/plain': plain}}
 
@@ -197,7 +203,7 @@ def test_what_is_public_is_documented():
 
 
 def test_the_gate_of_the_reference_sees_what_is_missing():
-    found, total = coverage.gaps_of('__all__ = ["a", "B"]\ndef a(x, y: int, z, w  # of it\n     ):\n    "About `z`."\ndef _p(q): pass\nclass B:\n    def m(self, k): pass\n')
+    found, total = coverage.gaps_of('__all__ = ["a", "B"]\ndef a(x,\n      y: int, z, w  # of it\n     ):\n    "About `z`."\ndef _p(q): pass\nclass B:\n    def m(self, k): pass\n')
     assert [f.split(': ')[1] for f in found] == ['a(x) has neither type nor comment', 'B has no docstring', 'B.m has no docstring', 'B.m(k) has neither type nor comment'] and total == 8
 
 
