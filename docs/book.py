@@ -380,6 +380,9 @@ def render(site: Path, out: Path) -> list:   # of warnings
         up = '../'*(len(p.relative_to(out).parts) - 1)
         text = p.read_text(encoding='utf-8')
         p.write_text(text.replace('</body>', f'<script src="{up}static/book.js"></script>\n</body>', 1), encoding='utf-8')
+    for p in out.rglob('*.llms.md'):   # for readers without eyes: what a picture says, not how it is drawn
+        text = re.sub(r'^```\{=html\}\n(.*?)^```\n?', lambda m: ''.join(re.findall(r'<desc[^>]*>([^<]*)</desc>', m[1])[:1]) + '\n', p.read_text(encoding='utf-8'), flags=re.S | re.M)
+        p.write_text(re.sub(r'<div class="edgenb-plot"[^>]*aria-label="([^"]*)".*?</div>', r'*Plot: \1*', text, flags=re.S), encoding='utf-8')
     (out/'static'/'search.js').write_text('window.edgenbSearch=' + (out/'search.json').read_text(encoding='utf-8') + '\n', encoding='utf-8')
     return built.warnings
 

@@ -83,23 +83,22 @@ def definitions(code: str) -> list:   # of (name, signature, first line of the d
             if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not n.name.startswith('_')]
 
 
-def inline_code(text: str) -> str:
-    "Text as HTML; what stands in backticks is code."
-    return re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(text, quote=False))
+def escaped(text: str) -> str:
+    "Text as Markdown; what stands in backticks is code, all else is words."
+    parts = re.split(r'(`[^`]+`)', text)
+    return ''.join(t if n % 2 else re.sub(r'([\\*_<>\[\]{}#|~^$])', r'\\\1', t) for n, t in enumerate(parts))
 
 
-def defined(code: str, module: str, symbols: dict, up: str) -> tuple:   # (HTML above the code, or '', the summary of the folded code)
+def defined(code: str, module: str, symbols: dict) -> tuple:   # (Markdown above the code, or '', the summary of the folded code)
     "What an exported cell gives the reader before the code: names, arguments, one line each, with links to the reference."
-    found = definitions(code)
     rows = []
-    for name, told, doc in found:
-        at = symbols.get(f'edgenb.{module}.{name}', '')
-        shown = f'<code>{html.escape(told)}</code>'
-        if at: shown = f'<a href="{up}{at.lstrip("/").replace(".qmd", ".html")}">{shown}</a>'
-        rows.append(f'<div>{shown}' + (f'<span>{inline_code(doc)}</span>' if doc else '') + '</div>')
+    for name, told, doc in definitions(code):
+        at, ticks = symbols.get(f'edgenb.{module}.{name}', ''), '``' if '`' in told else '`'
+        shown = f'{ticks}{told}{ticks}'
+        rows.append((f'[{shown}]({at})' if at else shown) + (f'\\\n{escaped(doc)}' if doc else ''))
     try: imports = bool(code) and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code).body)
     except SyntaxError: imports = False
-    return (f'<div class="defines">{"".join(rows)}</div>' if rows else ''), 'Imports' if imports else 'Source'
+    return ('::: {.defines}\n' + '\n\n'.join(rows) + '\n:::' if rows else ''), 'Imports' if imports else 'Source'
 
 
 def plot(figure: dict, still: str | None, up: str, assets: dict) -> str:
@@ -183,8 +182,8 @@ def code_cell(cell: dict, module: str, symbols: dict, up: str, state: dict, asse
     if 'hide_output' in told or off('output'): tags.append('remove-output')
     if not code.strip(): return []
     if any(n in told for n in ('export', 'exporti', 'exec_doc')) and 'remove-input' not in tags:
-        before, summary = defined(code, module, symbols, up)
-        if before: above.append({'cell_type': 'markdown', 'metadata': {}, 'source': f'```{{=html}}\n{before}\n```'})
+        before, summary = defined(code, module, symbols)
+        if before: above.append({'cell_type': 'markdown', 'metadata': {}, 'source': before})
         top = ['#| code-fold: true', f'#| code-summary: {summary}']
     elif 'code-fold' in told: top = [f"#| code-fold: {told['code-fold'] or 'true'}"]
     if 'code-summary' in told: top = [t for t in top if 'summary' not in t] + [f"#| code-summary: {told['code-summary']}"]

@@ -42,15 +42,15 @@ def test_code_or_output_alone_can_be_hidden(directive, tag):
 
 
 def test_an_exported_cell_is_folded_below_what_it_defines():
-    above, cell = body(made(code('#| default_exp toy'), code('#| export\ndef psi(expected: list,  # reference\n        bins: int = 10  # of it\n       ) -> float:\n    "How far `actual` moved & why."\n    return 0\ndef _private(): pass\nclass Thing: "A thing."')))
+    above, cell = body(made(code('#| default_exp toy'), code('#| export\ndef psi(expected: list,  # reference\n        bins: int = 10  # of it\n       ) -> float:\n    "How far `actual` moved & <why>."\n    return 0\ndef _private(): pass\nclass Thing: "A thing."')))
     assert cell['source'].startswith('#| code-fold: true\n#| code-summary: Source\ndef psi(')
-    assert '<code>psi(expected, bins=10)</code>' in above['source'] and 'How far <code>actual</code> moved &amp; why.' in above['source'] and '<code>Thing</code>' in above['source'] and '_private' not in above['source']
+    assert '`psi(expected, bins=10)`\\\nHow far `actual` moved & \\<why\\>.' in above['source'] and '`Thing`\\\nA thing.' in above['source'] and '_private' not in above['source']
 
 
 def test_what_an_exported_cell_defines_links_to_the_reference():
     nb = notebook(code('#| default_exp toy'), code('#| export\ndef psi(): "Doc."'))
     cells = page(nb, 'nbs/a/toy.ipynb', 'a/toy', {}, {'edgenb.toy.psi': '/api/toy.qmd#psi'}).notebook['cells']
-    assert '<a href="../api/toy.html#psi">' in cells[1]['source']
+    assert '[`psi()`](/api/toy.qmd#psi)' in cells[1]['source']
 
 
 def test_a_cell_of_imports_is_called_so_and_a_cell_that_is_no_python_stays():
@@ -238,7 +238,7 @@ def test_a_small_book_has_no_dead_link_and_asks_for_nothing_from_outside(small):
     assert problems == [] and book.check(out) == []
     lids = (out/'lids.html').read_text()
     assert '<script>window.harmed' not in lids and '&lt;script&gt;window.harmed' in lids and 'katex' not in lids and '$1 and $2' in lids
-    assert 'href="other.html#a-heading"' in lids and 'lids.llms.md' in (out/'llms.txt').read_text() and (out/'static'/'search.js').read_text().startswith('window.edgenbSearch=[')
+    assert 'href="other.html#a-heading"' in lids and 'lids.llms.md' in (out/'llms.txt').read_text() and '*Plot: Lids*' in (out/'lids.llms.md').read_text() and '=html' not in (out/'lids.llms.md').read_text() and (out/'static'/'search.js').read_text().startswith('window.edgenbSearch=[')
 
 
 def test_the_check_finds_dead_links_missing_places_and_what_would_be_loaded(small, tmp_path):
@@ -254,7 +254,7 @@ def test_a_page_that_fails_is_shown_with_its_error(small):
     out, _, made, _ = small
     assert not made['broken']['metadata']['book']['ok'] and 'ZeroDivisionError' in made['broken']['metadata']['book']['error'] and made['lids']['metadata']['book']['ok']
     text = (out/'broken.html').read_text()
-    assert 'This page stopped with an error' in text and 'ZeroDivisionError' in text and '>never<' not in text
+    assert 'This page stopped with an error' in text and 'ZeroDivisionError' in text and '<code>never' not in text
 
 
 def test_a_recipe_page_says_when_and_where_and_a_smoke_page_that_it_means_nothing():
