@@ -160,7 +160,7 @@ def output(out: dict, state: dict, up: str, assets: dict, live: list) -> dict | 
         model = data[VIEW].get('model_id', '')
         if model in state.get('state', {}) and not bar_only(model, state):
             live.append(model)
-            shown = f'<div class="edgenb-widget" data-model="{html.escape(model)}"><pre>{html.escape(plain)}</pre></div>'
+            shown = f'<div class="edgenb-widget" data-model="{html.escape(model)}"><pre>{html.escape(plain)}</pre></div><p class="widget-note">Without a kernel: what is linked in the browser moves, the rest stands still.</p>'
         elif re.match(r'\w+\(', plain): return None           # nothing but the name of a class
         else: return {'output_type': 'display_data', 'metadata': {}, 'data': {'text/plain': plain}} if plain.strip() else None
     elif 'text/html' not in data and mime:

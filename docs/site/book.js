@@ -25,6 +25,8 @@
     const axis = (a) => ({ gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true, ...a });
     const out = { ...layout, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { ...layout.font, color: ink, family: css.fontFamily } };
     for (const k of Object.keys(layout).filter((k) => /^[xy]axis\d*$/.test(k)).concat(["xaxis", "yaxis"])) out[k] = axis(layout[k]);
+    const visible = (c) => (!c || (dark() && /^(black|#000|#000000|rgb\(0, ?0, ?0\))$/i.test(c)) ? ink : c);
+    if (layout.shapes) out.shapes = layout.shapes.map((s) => ({ ...s, line: { ...s.line, color: visible(s.line && s.line.color) } }));
     const narrow = window.innerWidth < 600;
     out.margin = { l: 56, r: narrow ? 10 : 24, t: 52, b: 52, ...layout.margin };
     const title = typeof layout.title === "string" ? { text: layout.title } : layout.title;
