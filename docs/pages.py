@@ -130,7 +130,7 @@ def settled(text: str) -> str:
 
 
 def bar_only(model: str, state: dict) -> bool:
-    "Whether a widget is a progress bar, which nobody moves any more: its text says it better."
+    "Whether a widget is a progress bar, which nothing moves any more."
     models = state.get('state', {})
     todo, seen = [model], set()
     while todo:
@@ -158,7 +158,8 @@ def output(out: dict, state: dict, up: str, assets: dict, live: list) -> dict | 
     if PLOTLY in data: shown = plot(data[PLOTLY], picture(data[mime], mime, assets) if mime else None, up, assets)
     elif VIEW in data:
         model = data[VIEW].get('model_id', '')
-        if model in state.get('state', {}) and not bar_only(model, state):
+        if bar_only(model, state) or re.search(r'\d+%\|', plain): return None   # a bar that stands still says nothing
+        if model in state.get('state', {}):
             live.append(model)
             shown = f'<div class="edgenb-widget" data-model="{html.escape(model)}"><pre>{html.escape(plain)}</pre></div><p class="widget-note">Without a kernel: what is linked in the browser moves, the rest stands still.</p>'
         elif re.match(r'\w+\(', plain): return None           # nothing but the name of a class

@@ -109,9 +109,10 @@ def test_a_widget_stays_alive_where_its_state_was_kept_and_is_text_where_it_was_
     assert cell['outputs'] == []                               # the name of a class tells a reader nothing
 
 
-def test_a_progress_bar_is_its_last_word_not_a_widget():
-    p = made(code('x', view('100%|##| 5/5'), {'output_type': 'stream', 'name': 'stderr', 'text': '  0%|  |\r 50%|# |\r100%|##|\n'}), widgets=widget('FloatProgressModel'))
-    assert [o.get('text') or o['data']['text/plain'] for o in body(p)[0]['outputs']] == ['100%|##| 5/5', '100%|##|\n'] and not any(k.startswith('widgets/') for k in p.assets)
+def test_of_a_progress_bar_stays_at_most_its_last_word():
+    p = made(code('x', view('level'), view('  0%|  | 0/5'), {'output_type': 'stream', 'name': 'stderr', 'text': '  0%|  |\r 50%|# |\r100%|##|\n'}), widgets=widget('FloatProgressModel'))
+    assert [o['text'] for o in body(p)[0]['outputs']] == ['100%|##|\n'] and not any(k.startswith('widgets/') for k in p.assets)
+    assert body(made(code('x', view('checking:   0%|  | 0/5'))))[0]['outputs'] == []                    # nor where its state was not kept
 
 
 def test_an_error_is_shown_and_that_of_a_user_without_its_traceback():
@@ -259,9 +260,9 @@ def test_a_page_that_fails_is_shown_with_its_error(small):
 
 def test_a_recipe_page_says_when_and_where_and_a_smoke_page_that_it_means_nothing():
     e = book.Entry(ROOT/'nbs'/'recipes'/'wafer.ipynb', 'recipes/wafer', 'Wafer', 'Recipes')
-    facts = {'ok': True, 'error': '', 'started': '2026-01-31T10:00:00+00:00', 'seconds': 600.0, 'data': 'real', 'run': 'wafer/x', 'machines': [('Linux-6', 2)], 'environment': {'python': '3.11.9', 'system': 'Linux', 'machine': 'x86_64', 'cpus': 2, 'libraries': {'torch': '2.9'}}}
+    facts = {'ok': True, 'error': '', 'started': '2026-01-31T10:00:00+00:00', 'seconds': 600.0, 'data': 'real', 'run': 'wafer/x', 'machines': [('Linux-6.1-x86_64', 2)], 'environment': {'python': '3.11.9', 'system': 'Linux', 'machine': 'x86_64', 'cpus': 2, 'libraries': {'torch': '2.9', 'cleanlab': '1'}}}
     above, _ = book.around(e, facts)
-    assert '31 January 2026, 10:00 UTC, on Linux-6 with 2 processor cores; Python 3.11.9, torch 2.9' in above and 'on **real** data' in above and '10 minutes' in above
+    assert '31 January 2026, 10:00 UTC, on Linux x86_64 with 2 processor cores; Python 3.11.9, torch 2.9' in above and 'on **real** data' in above and '10 minutes' in above
     assert '**synthetic**' in book.around(e, facts | {'data': 'synthetic'})[0]
     smoke, _ = book.around(e, facts | {'smoke': True})
     assert 'the numbers on this page mean nothing' in smoke and 'measured by this notebook' not in smoke
