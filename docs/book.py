@@ -4,7 +4,7 @@ Every notebook is executed, and the executed notebook is kept in `_book/` under 
 interrupted one goes on. Recipes run at full size through `edgenb run`, whose rooms are skipped where a run has done the same; `--smoke` makes a quick
 book whose numbers mean nothing. A page that fails is shown with its error, and the build ends with exit code 1 and its name. docs/adr/0036 says why so.
 """
-import argparse, ast, concurrent.futures, datetime, functools, hashlib, importlib.metadata, importlib.util, json, os, platform, re, shutil, subprocess, sys, threading, time, tomllib
+import argparse, ast, concurrent.futures, contextlib, datetime, functools, hashlib, importlib.metadata, importlib.util, json, os, platform, re, shutil, subprocess, sys, threading, time, tomllib
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT/'docs')]
 from pages import directives, not_run, page, relink, text_of  # noqa: E402
 
 TIMEOUT = 1800           # seconds a cell of a chapter may take
-stopped = threading.Event()
+stopped, running = threading.Event(), set()   # the build was interrupted; clients whose kernels are at work
 
 
 # ---- what is in the book
@@ -132,9 +132,11 @@ def execute_chapter(source: Path, threads: int, root: Path = ROOT) -> dict:
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH', '')])), 'PLOTLY_RENDERER': 'plotly_mimetype', 'IN_TEST': '1',
            'OMP_NUM_THREADS': str(threads), 'PYDEVD_DISABLE_FILE_VALIDATION': '1', 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
     client = NotebookClient(nb, timeout=TIMEOUT, kernel_name='python3', resources={'metadata': {'path': str(source.parent)}}, store_widget_state=True)
+    running.add(client)
     try: client.execute(env=env)
     except CellExecutionError as e: error = f'{e.ename}: {e.evalue}'
     except (CellTimeoutError, DeadKernelError) as e: error = f'{type(e).__name__}: {str(e).splitlines()[0]}'
+    finally: running.discard(client)
     made = json.loads(nbformat.writes(nb, 4))
     made['metadata']['book'] = {'ok': not error, 'error': error, 'started': started.isoformat(timespec='seconds'), 'seconds': round(time.perf_counter() - t, 1), 'environment': here()}
     return made
@@ -166,6 +168,7 @@ def execute_recipe(e: Entry, smoke: bool, cache: Path) -> dict:
 def execute(found: list, cache: Path, smoke: bool, workers: int, only: list) -> dict:   # target -> executed notebook
     "Execute what is not kept: chapters side by side, then alone what failed side by side, then recipes, alone, since they measure."
     from edgenb.core import progress
+    stopped.clear()
     made, todo = {}, []
     for e in [e for e in found if e.kind != 'text']:
         old = kept(cache, e)
@@ -199,7 +202,10 @@ def execute(found: list, cache: Path, smoke: bool, workers: int, only: list) -> 
         for e, k in again + recipes:                    # what is timed does not share the machine
             if (nb := one(e, k, os.cpu_count() or 1)) is not None: told(e, nb); bar.update()
     except KeyboardInterrupt:
-        stopped.set(); pool.shutdown(wait=True, cancel_futures=True)
+        stopped.set()
+        for client in list(running):                    # kernels do not hear Ctrl-C
+            with contextlib.suppress(Exception): client.km.provisioner.process.kill()
+        pool.shutdown(wait=True, cancel_futures=True)
         raise
     finally: pool.shutdown(wait=True); bar.close()
     return made

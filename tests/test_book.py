@@ -169,6 +169,41 @@ def test_a_page_is_executed_anew_when_its_notebook_or_what_it_reaches_changes(tm
     assert 'edgenb.gas' in book.reached('from edgenb.gas import duval') and 'edgenb.core' in book.reached('from edgenb.ship import ship') and book.reached('import numpy') == {}
 
 
+@pytest.fixture
+def three(tmp_path, monkeypatch):
+    "Three notebooks, the second of which fails; what was executed is told in a list."
+    done = []
+    def execute(source, threads, root=None):
+        done.append(source.stem)
+        text = source.read_text()
+        if 'interrupt' in text: raise KeyboardInterrupt
+        return json.loads(text) | {'metadata': {'book': {'ok': 'fails' not in text, 'error': '', 'seconds': 0.0}}}
+    monkeypatch.setattr(book, 'execute_chapter', execute)
+    def write(name, source): (tmp_path/f'{name}.ipynb').write_text(json.dumps(notebook(code(source)))); return book.Entry(tmp_path/f'{name}.ipynb', name, name, 'x')
+    found = [write('a', 'x = 1'), write('b', 'fails = 1'), write('c', 'x = 3')]
+    def build(workers=2, only=()): done.clear(); made = book.execute(found, tmp_path/'cache', False, workers, list(only)); return sorted(done), made
+    return build, write
+
+
+def test_a_second_build_executes_only_what_changed_or_failed(three):
+    build, write = three
+    assert build()[0] == ['a', 'b', 'b', 'c']                 # what fails beside others is tried once more alone
+    assert build()[0] == ['b', 'b'] and build(workers=1)[0] == ['b']
+    write('c', 'x = 4')
+    executed, made = build(only=['a'])
+    assert executed == [] and made['c']['metadata']['book']['stale'] and 'stale' not in made['a']['metadata']['book']
+    assert build(workers=1)[0] == ['b', 'c'] and write('b', 'x = 2') and build()[0] == ['b'] and build()[0] == []
+
+
+def test_an_interrupted_build_goes_on_where_it_was(three):
+    build, write = three
+    write('b', 'interrupt = 1')
+    with pytest.raises(KeyboardInterrupt): build(workers=1)
+    write('b', 'x = 2')
+    executed, made = build(workers=1)
+    assert 'b' in executed and 'a' not in executed and all(nb['metadata']['book']['ok'] for nb in made.values())
+
+
 def commands():
     "(where, line) of every `edgenb ...` in the README and the how-to pages."
     for p in [ROOT/'README.md', *sorted((ROOT/'docs'/'howto').glob('*.md')), ROOT/'docs'/'site'/'index.md']:
