@@ -94,16 +94,21 @@ def key(source: Path, smoke: bool) -> str:
     return hashlib.sha256(json.dumps([cells, sorted(reached(_code(source)).items()), sorted(tables.items()), versions(), smoke], ensure_ascii=False).encode()).hexdigest()
 
 
-def kept(cache: Path, e: Entry) -> dict | None:
+def place(cache: Path, e: Entry, smoke: bool) -> Path:
+    "Where an executed notebook is kept; a quick book does not take the place of the real one."
+    return cache/'executed'/f"{e.target}{'.smoke' if smoke and e.kind == 'recipe' else ''}.ipynb"
+
+
+def kept(cache: Path, e: Entry, smoke: bool) -> dict | None:
     "The executed notebook of an earlier build, whatever it was made of."
-    try: return json.loads((cache/'executed'/f'{e.target}.ipynb').read_text(encoding='utf-8'))
+    try: return json.loads(place(cache, e, smoke).read_text(encoding='utf-8'))
     except (OSError, ValueError): return None
 
 
-def keep(cache: Path, e: Entry, notebook: dict):
+def keep(cache: Path, e: Entry, smoke: bool, notebook: dict):
     "Keep an executed notebook; never half of it."
     from edgenb.core import write_atomic
-    path = cache/'executed'/f'{e.target}.ipynb'
+    path = place(cache, e, smoke)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(notebook, ensure_ascii=False))
 
@@ -171,7 +176,7 @@ def execute(found: list, cache: Path, smoke: bool, workers: int, only: list) -> 
     stopped.clear()
     made, todo = {}, []
     for e in [e for e in found if e.kind != 'text']:
-        old = kept(cache, e)
+        old = kept(cache, e, smoke)
         wanted = key(e.source, smoke and e.kind == 'recipe')
         if old and old['metadata']['book'].get('key') == wanted and old['metadata']['book']['ok']: made[e.target] = old
         elif only and not any(e.target == o or e.source.stem == o for o in only): made[e.target] = outdated(old) if old else json.loads(e.source.read_text(encoding='utf-8'))
@@ -182,7 +187,7 @@ def execute(found: list, cache: Path, smoke: bool, workers: int, only: list) -> 
         nb = execute_recipe(e, smoke, cache) if e.kind == 'recipe' else execute_chapter(e.source, threads)
         if stopped.is_set(): return None                # a kernel that was interrupted proves nothing
         nb['metadata']['book']['key'] = wanted
-        keep(cache, e, nb)
+        keep(cache, e, smoke, nb)
         return nb
     chapters, recipes = ([t for t in todo if (t[0].kind == 'recipe') == r] for r in (False, True))
     bar = progress(total=len(todo), unit='page', desc='executing')
@@ -306,8 +311,8 @@ def api_index(site: Path, symbols: dict) -> str:
     rows = []
     for p in sorted((site/'api').glob('*.qmd')):
         front = re.match(r'---\ntitle: (.*)\ndescription: (.*)\n---', p.read_text(encoding='utf-8'))
-        if p.stem != 'index' and front: rows.append(f'| [`{json.loads(front[1])}`](/api/{p.name}) | {json.loads(front[2])} |')
-    return '---\ntitle: "API reference"\ndescription: "Every public module, from its docstrings, types and the comments beside its parameters."\n---\n\n| module | |\n|---|---|\n' + '\n'.join(rows) + '\n'
+        if p.stem != 'index' and front: rows.append((json.loads(front[1]), f'| [`{json.loads(front[1])}`](/api/{p.name}) | {json.loads(front[2])} |'))
+    return '---\ntitle: "API reference"\ndescription: "Every public module, from its docstrings, types and the comments beside its parameters."\n---\n\n| module | |\n|---|---|\n' + '\n'.join(r for _, r in sorted(rows)) + '\n'
 
 
 def navigation(found: list, site: Path) -> list:

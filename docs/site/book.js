@@ -22,14 +22,15 @@
   window.edgenbPlot = (name, figure) => { figures[name] = figure; };
   const styled = (layout) => {
     const css = getComputedStyle(document.body), ink = css.color, grid = dark() ? "#3a4048" : "#e3e6ea";
-    const axis = (a) => ({ gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true, ...a });
+    const axis = (a) => ({ gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true, ...a, ...(a && a.title ? { title: { standoff: 12, ...(typeof a.title === "string" ? { text: a.title } : a.title) } } : {}) });
     const out = { ...layout, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { ...layout.font, color: ink, family: css.fontFamily } };
     for (const k of Object.keys(layout).filter((k) => /^[xy]axis\d*$/.test(k)).concat(["xaxis", "yaxis"])) out[k] = axis(layout[k]);
     const visible = (c) => (!c || (dark() && /^(black|#000|#000000|rgb\(0, ?0, ?0\))$/i.test(c)) ? ink : c);
     if (layout.shapes) out.shapes = layout.shapes.map((s) => ({ ...s, line: { ...s.line, color: visible(s.line && s.line.color) } }));
     const narrow = window.innerWidth < 600;
     out.margin = { l: 56, r: narrow ? 10 : 24, t: 52, b: 52, ...layout.margin };
-    const title = typeof layout.title === "string" ? { text: layout.title } : layout.title;
+    const title = typeof layout.title === "string" ? { text: layout.title } : layout.title && { ...layout.title };
+    if (title && narrow && title.text) title.text = title.text.replace(/<br ?\/?>/g, " ").replace(/(.{18,38})\s+/g, "$1<br>");
     if (title) out.title = { ...title, font: { size: narrow ? 14 : 16, ...title.font } };
     if (narrow && !layout.legend) out.legend = { orientation: "h", y: -0.25 };
     return out;
@@ -57,6 +58,10 @@
     const box = document.createElement("div");
     box.className = "table-scroll";
     t.replaceWith(box); box.append(t);
+    for (const cell of t.querySelectorAll("td, th")) {
+      const letters = cell.textContent.trim().length;
+      if (letters <= 28) cell.style.whiteSpace = "nowrap"; else cell.style.minWidth = `${Math.min(letters * 0.25, 20)}rem`;
+    }
     if (box.scrollWidth > box.clientWidth) { box.tabIndex = 0; box.setAttribute("role", "region"); box.setAttribute("aria-label", "Table"); }
   });
 })();
