@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'docs'))
-import book, coverage, pages  # noqa: E402
+import book, documented, pages  # noqa: E402
 from pages import PLOTLY, STATE, VIEW, directives, page, relink  # noqa: E402
 
 NOT_YET = {'sweep', 'new', 'open', 'doctor'}   # commands that the how-to pages name and that may not exist yet
@@ -234,12 +234,12 @@ DOCUMENTED = 0.94   # share of public names with a docstring and of parameters w
 
 
 def test_what_is_public_is_documented():
-    found, total = coverage.gaps()
+    found, total = documented.gaps()
     assert 1 - len(found)/total >= DOCUMENTED, '\n'.join(found)
 
 
 def test_the_gate_of_the_reference_sees_what_is_missing():
-    found, total = coverage.gaps_of('__all__ = ["a", "B"]\ndef a(x,\n      y: int, z, w  # of it\n     ):\n    "About `z`."\ndef _p(q): pass\nclass B:\n    def m(self, k): pass\n')
+    found, total = documented.gaps_of('__all__ = ["a", "B"]\ndef a(x,\n      y: int, z, w  # of it\n     ):\n    "About `z`."\ndef _p(q): pass\nclass B:\n    def m(self, k): pass\n')
     assert [f.split(': ')[1] for f in found] == ['a(x) has neither type nor comment', 'B has no docstring', 'B.m has no docstring', 'B.m(k) has neither type nor comment'] and total == 8
 
 

@@ -1,4 +1,4 @@
-"""How much of what edgenb offers is documented: `python docs/coverage.py` lists every gap.
+"""How much of what edgenb offers is documented: `python docs/documented.py` lists every gap.
 
 Every public name has a docstring; every parameter of a public function or method has a type, a comment beside it, or stands in backticks in the docstring.
 """
