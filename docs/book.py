@@ -78,7 +78,8 @@ def versions() -> str:
 def reached(code: str) -> dict:   # module -> digest of its source
     "The modules of edgenb that a notebook's code may import, and what these may import."
     from edgenb.core import _imported, _source
-    todo, seen = [m for m in _imported(ast.parse(code), '', '') if m], {}
+    try: todo, seen = [m for m in _imported(ast.parse(code), '', '') if m], {}
+    except SyntaxError: return {}   # its page will say so
     while todo:
         name = todo.pop()
         if name.split('.')[0] != 'edgenb' or name in seen or (found := _source(name)) is None: continue
@@ -129,18 +130,18 @@ def execute_chapter(source: Path, threads: int, root: Path = ROOT) -> dict:
     "Execute a notebook in a kernel of its own; an error ends it and stays in it."
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    from nbclient.exceptions import CellExecutionError
     nb, started, t, error = nbformat.read(source, 4), datetime.datetime.now(datetime.UTC), time.perf_counter(), ''
     for c in nb.cells:
         c.get('metadata', {}).pop('execution', None)
         if c.cell_type == 'code' and not_run(c.source): c.metadata.setdefault('tags', []).append('skip-execution')
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH', '')])), 'PLOTLY_RENDERER': 'plotly_mimetype', 'IN_TEST': '1',
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH', '')])), 'PLOTLY_RENDERER': 'plotly_mimetype',
            'OMP_NUM_THREADS': str(threads), 'PYDEVD_DISABLE_FILE_VALIDATION': '1', 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
     client = NotebookClient(nb, timeout=TIMEOUT, kernel_name='python3', resources={'metadata': {'path': str(source.parent)}}, store_widget_state=True)
     running.add(client)
     try: client.execute(env=env)
     except CellExecutionError as e: error = f'{e.ename}: {e.evalue}'
-    except (CellTimeoutError, DeadKernelError) as e: error = f'{type(e).__name__}: {str(e).splitlines()[0]}'
+    except Exception as e: error = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"   # it took too long, its kernel died or did not start: one page's trouble
     finally: running.discard(client)
     made = json.loads(nbformat.writes(nb, 4))
     made['metadata']['book'] = {'ok': not error, 'error': error, 'started': started.isoformat(timespec='seconds'), 'seconds': round(time.perf_counter() - t, 1), 'environment': here()}
@@ -165,7 +166,7 @@ def execute_recipe(e: Entry, smoke: bool, cache: Path) -> dict:
     cards = [json.loads(p.read_text(encoding='utf-8')) for p in sorted(run.glob('0?-*.json'))] if run else []
     made['metadata']['book'] = {'ok': not error, 'error': error, 'smoke': smoke, 'started': min((c['started'] for c in cards), default=started.isoformat(timespec='seconds')),
                                 'seconds': round(sum(c['seconds'] for c in cards), 1), 'data': cards[0]['data'] if cards else '', 'run': f'{run.parent.name}/{run.name}' if run else '',
-                                'environment': {k: v for k, v in (cards[-1]['environment'] if cards else here()).items()} | {'libraries': {n: v for c in cards for n, v in c['environment']['libraries'].items() if v != 'not installed'}},
+                                'environment': (cards[-1]['environment'] if cards else here()) | {'libraries': {n: v for c in cards for n, v in c['environment']['libraries'].items() if v != 'not installed'}},
                                 'machines': sorted({(c['environment']['system'], c['environment']['cpus']) for c in cards})}
     return made
 
