@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT/'.venv'
 MARK = VENV/'.made-by-edgenb'
 BIN = VENV/('Scripts' if os.name == 'nt' else 'bin')
-JOBS = {'env': ('lab,dev,runtimes,text', None), 'wafer': ('lab', ['edgenb', 'run', 'wafer']), 'test': ('lab,dev,runtimes,text', ['python', '-m', 'pytest'])}
+JOBS = {'env': ('lab,dev,runtimes,text', None), 'wafer': ('lab', ['edgenb', 'run', 'wafer']), 'test': ('lab,dev,runtimes,text', ['python', '-m', 'pytest']), 'docs': ('lab,dev,runtimes,text', ['python', 'docs/book.py'])}
 
 
 def stop(message): sys.exit(f'edgenb: {message}')

@@ -47,7 +47,9 @@ class Abbreviations:
         return {'table': self.table}
 
     @classmethod
-    def from_dict(cls, values: dict) -> 'Abbreviations': return cls(values['table'])
+    def from_dict(cls, values: dict) -> 'Abbreviations':
+        "What `to_dict` gave."
+        return cls(values['table'])
 
 def _from_toml(path):
     try: values = tomllib.loads(path.read_text(encoding='utf-8'))

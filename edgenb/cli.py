@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GIVEN', 'argument', 'command', 'command_recipes', 'command_run', 'command_predict', 'command_verify',
-           'command_compare', 'command_fit', 'command_weights', 'command_doctor', 'command_completion', 'parser',
-           'main']
+           'command_compare', 'command_fit', 'command_weights', 'command_doctor', 'command_completion', 'command_card',
+           'parser', 'main']
 
 # %% ../nbs/17_cli.ipynb #61b96ae7
 import argparse, sys
@@ -165,6 +165,21 @@ def command_completion(args):
     "print what lets a shell complete edgenb's commands and options: eval \"$(edgenb completion bash)\""
     import shtab
     print(shtab.complete(parser(), args.shell))
+
+# %% ../nbs/17_cli.ipynb #5d0c76a1
+@command(argument('run', help='folder of a run that has shipped'),
+         argument('--out', metavar='PATH', default='', help="file or folder to write to (default: README.md in the run's folder)"),
+         argument('--license', metavar='ID', default='', help='licence of the model as the hub names it, such as apache-2.0 (default: unknown)'),
+         argument('--dataset', metavar='NAME', default='', help='what to call the data set'),
+         argument('--push', metavar='NAME/MODEL', help='also put card and bundle on the Hugging Face hub, into this repository (private if it is new)'))
+def command_card(args):
+    "write a model card from what a run has measured"
+    from edgenb.card import push, write_card
+    from edgenb.core import Run
+    run = Run(args.run)
+    path = write_card(run, args.out, args.license, args.dataset)
+    if args.push: print(push(run, args.push, path))
+    print(path)
 
 # %% ../nbs/17_cli.ipynb #9ce138b1
 def parser() -> argparse.ArgumentParser:

@@ -252,9 +252,17 @@ class Desk:
         rank = next((i for i, s in enumerate(self.listed, 1) if s.code == code), None)
         self.take(rank) if rank else self._decide('correct', code)
 
-    def reject(self): self._decide('reject')
-    def next(self): self._show(min(self.at + 1, len(self.notes) - 1)); self.message = ''
-    def previous(self): self._show(max(self.at - 1, 0)); self.message = ''
+    def reject(self):
+        "None of the suggestions is right."
+        self._decide('reject')
+
+    def next(self):
+        "Put the next note on the desk."
+        self._show(min(self.at + 1, len(self.notes) - 1)); self.message = ''
+
+    def previous(self):
+        "Put the note before on the desk."
+        self._show(max(self.at - 1, 0)); self.message = ''
 
     def undo(self):
         "Take the decision about the note on the desk back, or else the last one that was made."

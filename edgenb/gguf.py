@@ -43,7 +43,9 @@ class Header:
     version: int
     fields: dict     # key -> (type, type of an array's items or None, value)
     tensors: tuple   # of Tensor
-    def get(self, key, default=None): return self.fields[key][2] if key in self.fields else default
+    def get(self, key: str, default=None):
+        "A value of the metadata, or `default`."
+        return self.fields[key][2] if key in self.fields else default
 
 # %% ../nbs/42_gguf.ipynb #c324eb8e
 class _Bytes:

@@ -163,6 +163,7 @@ def particles(name: str) -> set:   # where in `name` they start
 
 @functools.cache
 def name_patterns():
+    "What names look like, as patterns."
     import regex
     token = r"\p{L}[\p{L}\p{M}]*(?:['’](?![sS]\b)\p{L}+)*(?:-\p{L}+(?:['’](?![sS]\b)\p{L}+)*)*"
     cap = rf"(?=\p{{Lu}}){token}"

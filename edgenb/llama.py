@@ -150,6 +150,7 @@ class Trie:
         self.forks = {n: list(below) for n, below in enumerate(self.children) if len(below) > 1}   # node -> the tokens that may follow
 
     def path(self, node: int) -> list:   # of nodes, without the root
+        "The way from the root to a node."
         return [*self.path(self.above[node]), node] if node else []
 
     def parts(self, most: int) -> list:   # of (nodes, arrays with the sequences that each belongs to, from 1)

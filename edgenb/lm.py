@@ -36,17 +36,22 @@ class Prompt:
         within('a prompt', 1, None, max_tokens=self.max_tokens)
 
     @property
-    def texts(self) -> tuple: return self.wordings or self.answers   # what is written for each answer
+    def texts(self) -> tuple:
+        "What is written for each answer."
+        return self.wordings or self.answers
 
     def text(self, answer: str) -> str:
         "What the model writes for an answer."
         if answer not in self.answers: raise EdgenbError(f'{answer!r} is not among the {len(self.answers)} answers of the prompt')
         return self.texts[self.answers.index(answer)]
 
-    def to_dict(self) -> dict: return {**asdict(self), 'answers': list(self.answers), 'wordings': list(self.wordings)}
+    def to_dict(self) -> dict:
+        "As JSON values."
+        return {**asdict(self), 'answers': list(self.answers), 'wordings': list(self.wordings)}
 
     @classmethod
     def from_dict(cls, told: dict) -> 'Prompt':
+        "What `to_dict` gave."
         try: return cls(**told)
         except TypeError as e: raise EdgenbError(f'this is not a prompt: {str(e).removeprefix("Prompt.__init__() ")}') from None
 

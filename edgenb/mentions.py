@@ -138,7 +138,9 @@ class Lexicon:
             for word in rare[:2 if len(term) >= 3 and term in self.codes else 1]: self.index[word].append(term)
         self.weight = {term: sum(map(self.rarity, term)) for term in {**self.codes, **self.titles}}
 
-    def rarity(self, word): return math.log(1 + self.notes/(self.frequency.get(word, 0) + 0.5))
+    def rarity(self, word: str) -> float:
+        "How seldom notes have a word (its inverse document frequency)."
+        return math.log(1 + self.notes/(self.frequency.get(word, 0) + 0.5))
 
     def left(self, own, *key):
         "A count, without what one note brought."
@@ -208,7 +210,8 @@ def lexicon_of(notes: list, system: str, titles: dict | None = None, by_mention:
     lexicon.counts = sum_of(own)
     return lexicon, texts, own
 
-def sum_of(counters):
+def sum_of(counters) -> collections.Counter:
+    "One counter of several `counters`."
     total = collections.Counter()
     for c in counters: total.update(c)
     return total
@@ -361,6 +364,7 @@ class Coder:
         return cls(lexicon, built(network, 'fp32', []), threshold, system, language, frozenset().union(*truth), how)
 
     def scored(self, note: Note) -> tuple:   # candidates and probabilities (n,)
+        "What the lexicon proposes for a note, and how probable the network finds each."
         w = Words(note.text, self.language)
         found = candidates(self.lexicon, w)
         if not found: return w, found, np.zeros(0)

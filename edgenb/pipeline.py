@@ -257,7 +257,8 @@ class Pipeline:
         "A copy in which the parameters of one step are changed."
         return replace(self, steps=tuple(s | parameters if s['step'] == name else s for s in self.steps))
 
-    def save(self, path) -> Path:
+    def save(self, path: str | Path) -> Path:
+        "Write it as JSON."
         return write_json(path, {'edgenb_pipeline': FORMAT, 'classes': list(self.classes), 'steps': list(self.steps)})
 
     @classmethod

@@ -166,7 +166,9 @@ def life_windows(engines: list,      # of (cycles, channels)
         x.append(np.lib.stride_tricks.sliding_window_view(padded, steps, 0)[ends]); left.append(len(e) - 1 - ends); engine.append(np.full(len(ends), number))
     return np.concatenate(x), np.concatenate(left), np.concatenate(engine)
 
-def rmse(life, estimate): return float(np.sqrt(np.mean((np.asarray(estimate) - life)**2)))
+def rmse(life: np.ndarray, estimate: np.ndarray) -> float:
+    "Root mean squared error."
+    return float(np.sqrt(np.mean((np.asarray(estimate) - life)**2)))
 
 def nasa_score(life, estimate):
     "Sum of the challenge's penalties (Saxena et al. 2008): too late costs more than too early."

@@ -88,7 +88,8 @@ def lite0(classes: int | None = None) -> nn.Module:
     if classes: net.head = new_head(1280, classes)
     return net
 
-def new_head(inputs, classes):
+def new_head(inputs: int, classes: int):
+    "A linear layer that knows nothing yet."
     head = nn.Linear(inputs, classes)
     nn.init.normal_(head.weight, std=0.01); nn.init.zeros_(head.bias)
     return head

@@ -449,3 +449,9 @@ def test_ewma_and_cusum_are_those_of_a_loop_over_single_numbers(rows, share, sla
         ewma.append(max(map(abs, level))*math.sqrt((2 - share)/share)); cusum.append(max(*up, *down))
     x = np.array(rows)
     assert np.allclose(ewma_scores(x, share), ewma) and np.allclose(cusum_scores(x, slack), cusum)
+
+
+def test_the_model_card_of_a_fleet_says_what_was_measured(turn, tmp_path):
+    from test_card import checked_card
+    text = checked_card(turn, tmp_path, None)
+    assert 'window of sensor data' in text and '**synthetic**' in text and 'detection rate' in text

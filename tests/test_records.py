@@ -611,3 +611,10 @@ def test_a_bundle_tells_digests_and_no_names_of_the_files_it_was_made_from(tmp_p
     assert 'Marlowe' not in json.dumps(left) and 'Marlowe.jsonl' in card.asked['source']
     assert [left['asked'][k] for k in ('source', 'own_names', 'extra')] == [f"digest {card.read['source']}", f"digest {card.read['own names']}", [f"digest {card.read['extra 0']}"]]
     assert left['asked']['language'] == 'en' and left['asked']['field'] == 0.1
+
+
+def test_the_model_card_of_a_language_model_says_what_was_measured_and_no_word_of_a_note(shipped, tmp_path):
+    from test_card import checked_card
+    text = checked_card(shipped, tmp_path, 'text-classification')
+    assert 'language: en' in text and 'A professional' in text or 'suggestions to a professional' in text
+    assert 'de-identified' in text and "edgenb[gguf]" in text
