@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 from .core import EdgenbError
 from .data import load_examples
-from .decisions import Decisions
 from .labels import WORDS
 from .panel import Panel, figure_html, table
-from .triage import Desk, Item, as_run, content_html, desk_widget, reviewer, sheet_of
+from .triage import Desk, Item, as_run, content_html, desk_widget, sheet_of
 
 # %% ../nbs/75_field.ipynb #ba8db586
 DASHES = ('solid', 'dash', 'dot')
@@ -23,7 +22,7 @@ def drift_figure(rows: list    # of the watch room's card
                 ):
     "Distance from the reference, window by window, a line a condition."
     import plotly.graph_objects as go
-    figure = go.Figure(layout=dict(title='Distance from the reference, window by window', xaxis_title='images seen', yaxis_title='distance (squared MMD)', template='plotly_white', width=760, height=400))
+    figure = go.Figure(layout=dict(title='Distance from the reference, window by window', xaxis_title='examples seen', yaxis_title='distance (squared MMD)', template='plotly_white', width=760, height=400))
     for n, r in enumerate(rows):
         name = r['condition'] + (' (simulated)' if r['simulated'] else '')
         figure.add_scatter(x=[t[0] for t in r['timeline']], y=[t[1] for t in r['timeline']], mode='lines+markers', name=name, line=dict(dash=DASHES[n % 3]), marker=dict(symbol=('circle', 'diamond', 'square', 'x')[n % 4]))
@@ -36,7 +35,7 @@ def drift(run) -> Panel:   # a Run in which `watch` was entered, or its path
     run = as_run(run)
     rows = run.card('watch').result['rows']
     if not all('timeline' in r for r in rows): raise EdgenbError(f'drift: the watch room of {run.path} left no timeline: enter watch again with this edgenb')
-    def said(some): return table(['condition', 'images', 'MMD²', 'p', 'verdict', 'the detector rings after'], [[r['condition'] + (' (simulated)' if r['simulated'] else ''), r['images'], f"{r['mmd2']:.4f}", f"{r['p_value']:.3f}", 'LOUD' if r['loud'] else 'quiet', f"{r['rang_after']} images" if r['rang_after'] else 'never'] for r in some], 'against the reference')
+    def said(some): return table(['condition', 'examples', 'MMD²', 'p', 'verdict', 'the detector rings after'], [[r['condition'] + (' (simulated)' if r['simulated'] else ''), r['images'], f"{r['mmd2']:.4f}", f"{r['p_value']:.3f}", 'LOUD' if r['loud'] else 'quiet', f"{r['rang_after']} examples" if r['rang_after'] else 'never'] for r in some], 'against the reference')
     def alt(some): return 'Distance from the reference over time: ' + '; '.join(f"{r['condition']} ends at {r['timeline'][-1][1]:.4f}" for r in some if r['timeline']) + '. The table has the verdicts'
     def widget():
         import ipywidgets as w
@@ -71,10 +70,10 @@ def gallery(run,                 # a Run in which `learn` was entered, or its pa
     answer = bundle.answer([decode(e.read(), bundle.pipeline.step('decode')['mode']) for e in asked])
     def sure(i): return None if len(classes) > 2 else float(answer['score'][i] if answer['label'][i] != zero else 1 - answer['score'][i])
     items = [Item(field[e.id], e.id, classes[int(answer['label'][i])], sure(i), 'what the bundle decided' + (f' ({shift}: simulated)' if shift else ''), lambda e=e: content_html(e)) for i, e in enumerate(asked)]
-    desk = Desk(items, classes, Decisions(path), reviewer(who), run.card('ship').result['digest'])
+    desk = Desk(items, classes, path, who, run.card('ship').result['digest'])
     then = f"learn(run, decisions='{path}') makes examples of what was confirmed or corrected."
     def paper():
-        done = [[i.name, i.label, WORDS[d.action], d.after, d.who, d.when[:16].replace('T', ' ')] for i in items if (d := desk.decisions.state(i.id))]
+        done = [[i.name, i.label, WORDS[d.action], d.after, d.who, d.when[:16].replace('T', ' ')] for i in items if (d := desk.state(i))]
         return [f"<p>{len(items)} images from the field to look at, {len(done)} decided in {html.escape(str(path))}. {html.escape(then) if done else ''}</p>", *([table(['image', 'the bundle decided', 'a person', 'label now', 'by', 'when (UTC)'], done)] if done else []),
                 *sheet_of(asked, [f'{i.name}\n{i.label}' + (f' {i.confidence:.0%}' if i.confidence is not None else '') for i in items], f'{len(items)} images from the field with what the bundle decided')]
     def widget():

@@ -22,7 +22,7 @@ def work_of(run: Run) -> Path | None:
 def progress_of(work: Path | None) -> dict:
     "What the training last said; {} if nothing yet."
     try: return json.loads((work/'progress.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError, AttributeError): return {}
+    except (OSError, ValueError, TypeError): return {}
 
 def stop(work: Path | None) -> str:
     "Ask a training to end; what to tell the person who asked."
