@@ -87,10 +87,10 @@ def budget(run) -> Panel:   # a Run in which `verify` was entered, or its path
         reset, status, plot, ladder = w.Button(description='As it was asked', tooltip='the budgets of the run'), w.HTML(), w.HTML(), w.HTML()
         def draw(_=None):
             now, choice, figure = judged({m: s.value for m, s in sliders.items()})
-            limits = ', '.join(f'{s.description} ' + (f'{s.value:g}' if s.value else 'without limit') for s in sliders.values())
+            ladder.value = hops_table(now, choice.artifact, choice.front)
+            limits = ', '.join(f'{what} ' + (f'up to {s.value:g} {unit}' if s.value else 'without limit') for s, (what, unit) in zip(sliders.values(), (('p95 latency', 'ms'), ('disk', 'MB'), ('memory', 'MB'))))
             status.value = f"<div role='status' aria-live='polite'>{_chosen_said(choice)}<br>{sum(r['verdict'] == 'pass' for r in now if r['runtime'] != 'torch')} of {sum(r['runtime'] != 'torch' for r in now)} artifacts pass with {html.escape(limits)}.</div>"
             plot.value = figure_html(figure, f"Accuracy against latency. Chosen: {choice.artifact or 'nothing'}; the table below has the numbers") if figure else '<p>Nothing was measured here.</p>'
-            ladder.value = hops_table(now, choice.artifact, choice.front)
             panel.state = choice
         for s in sliders.values(): s.observe(draw, 'value')
         def back(_):

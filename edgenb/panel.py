@@ -49,7 +49,10 @@ def still(figure        # a plotly figure of heatmap, bar and scatter traces
     if any('text' in (t.mode or '') for t in figure.data if t.type == 'scatter'): axes.margins(x=0.2, y=0.15)
     axes.set_title(_text(figure.layout.title.text), fontsize=11)
     axes.set_xlabel(_text(figure.layout.xaxis.title.text)); axes.set_ylabel(_text(figure.layout.yaxis.title.text))
-    if figure.layout.xaxis.type == 'log': axes.set_xscale('log')
+    if figure.layout.xaxis.type == 'log':
+        from matplotlib.ticker import LogFormatter
+        axes.set_xscale('log')
+        axes.xaxis.set_major_formatter(LogFormatter()); axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))   # 3, not 3 x 10^0
     if sum(t.name is not None and t.showlegend is not False for t in figure.data) > 1: axes.legend(fontsize=8)
     out = io.BytesIO()
     drawn.savefig(out, format='png', dpi=100)
@@ -187,7 +190,7 @@ def as_html(part) -> str:
     return figure_html(part) if hasattr(part, 'to_plotly_json') else picture(part, part.info.get('alt', 'contact sheet'))
 
 # %% ../nbs/10_panel.ipynb #d24950ed
-STYLE = '<style>.edgenb-panel button:focus-visible, .edgenb-panel input:focus, .edgenb-panel select:focus, .edgenb-panel .noUi-handle:focus {outline: 3px solid #d6604d !important; outline-offset: 1px} .edgenb-panel table {border-collapse: collapse; margin: .3em 0} .edgenb-panel td, .edgenb-panel th {padding: .15em .6em; border-bottom: 1px solid var(--jp-border-color2, #ccc); text-align: left; line-height: 1.4} .edgenb-panel img {image-rendering: auto}</style>'
+STYLE = '<style>.edgenb-panel button:focus-visible, .edgenb-panel input:focus, .edgenb-panel select:focus, .edgenb-panel .noUi-handle:focus {outline: 3px solid #d6604d !important; outline-offset: 1px} .edgenb-panel table {border-collapse: collapse; margin: .3em 0} .edgenb-panel td, .edgenb-panel th {padding: .15em .6em; border-bottom: 1px solid var(--jp-border-color2, #ccc); text-align: left; line-height: 1.4} .edgenb-panel td:not(:last-child) {white-space: nowrap} .edgenb-panel img {image-rendering: auto}</style>'
 
 @dataclass
 class Panel:

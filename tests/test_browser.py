@@ -13,6 +13,13 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(chromium is None, reason='
 def browser_type_launch_args(browser_type_launch_args): return {**browser_type_launch_args, 'executable_path': chromium, 'args': ['--no-sandbox']}
 
 
+def end(process):
+    "Ask a server to go; a busy one that has not after twenty seconds is made to."
+    process.terminate()
+    try: process.wait(20)
+    except subprocess.TimeoutExpired: process.kill(); process.wait(20)
+
+
 @pytest.fixture
 def lab(tmp_path, tmp_path_factory):
     "The address of a JupyterLab that serves `tmp_path`, with settings of its own: neither does it read those of this machine's user, nor leave anything there."
@@ -26,7 +33,7 @@ def lab(tmp_path, tmp_path_factory):
             with contextlib.suppress(OSError): urllib.request.urlopen(f'http://127.0.0.1:{port}/api/status', timeout=30); break
             time.sleep(0.5)
         yield f'http://127.0.0.1:{port}'
-    finally: process.terminate(); process.wait(20)
+    finally: end(process)
 
 
 def run_all_cells(page, begun: str):
@@ -54,7 +61,7 @@ def opened(tmp_path, tmp_path_factory):
             assert process.poll() is None, (home/'said').read_text()
             time.sleep(0.5)
         yield found[0]
-    finally: process.terminate(); process.wait(20)
+    finally: end(process)
 
 
 def test_edgenb_open_copies_the_wafer_recipe_which_runs_in_jupyterlab_and_shows_live_plots_and_panels(page, opened, tmp_path):
