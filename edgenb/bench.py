@@ -123,7 +123,7 @@ def flips(run,              # a Run in which `verify` was entered, or its path
     names = [n for n in answers if n not in ('reference', 'squeezed')]
     if not names: raise EdgenbError(f'flips: no artifact of {run.path} could be run here, so none decided anything')
     found = {n: flipped_rows(subjects, y, answers['reference'], answers[n], result['classes']) for n in names}
-    def said(n): return f"{n}: {len(found[n])} of {len(y)} decided otherwise than the reference; " + ', '.join(f'{sum(c[-1] == k for _, c in found[n])} {k}' for k in ('for the better', 'for the worse', 'both wrong'))
+    def said(n): return f"{n}: {len(found[n])} of {len(y)} decided otherwise than the reference" + ('; ' + ', '.join(f'{sum(c[-1] == k for _, c in found[n])} {k}' for k in ('for the better', 'for the worse', 'both wrong')) if found[n] else '')
     def shown(n, most):
         few = found[n][:most]
         captions = [f'{c[0]}\nis {c[1]}\n{c[2]} -> {c[3]}\n{c[4]}' for _, c in few]

@@ -33,9 +33,9 @@ def drift_figure(rows: list    # of the watch room's card
 def drift(run) -> Panel:   # a Run in which `watch` was entered, or its path
     "How far from the reference each condition takes the images, and when the detector rings."
     run = as_run(run)
-    rows = run.card('watch').result['rows']
+    rows, never = run.card('watch').result['rows'], 'never' if run.card('watch').result.get('detector_bytes') else 'there is none'
     if not all('timeline' in r for r in rows): raise EdgenbError(f'drift: the watch room of {run.path} left no timeline: enter watch again with this edgenb')
-    def said(some): return table(['condition', 'examples', 'MMD²', 'p', 'verdict', 'the detector rings after'], [[r['condition'] + (' (simulated)' if r['simulated'] else ''), r['images'], f"{r['mmd2']:.4f}", f"{r['p_value']:.3f}", 'LOUD' if r['loud'] else 'quiet', f"{r['rang_after']} examples" if r['rang_after'] else 'never'] for r in some], 'against the reference')
+    def said(some): return table(['condition', 'examples', 'MMD²', 'p', 'verdict', 'the detector rings after'], [[r['condition'] + (' (simulated)' if r['simulated'] else ''), r['images'], f"{r['mmd2']:.4f}", f"{r['p_value']:.3f}", 'LOUD' if r['loud'] else 'quiet', f"{r['rang_after']} examples" if r['rang_after'] else never] for r in some], 'against the reference')
     def alt(some): return 'Distance from the reference over time: ' + '; '.join(f"{r['condition']} ends at {r['timeline'][-1][1]:.4f}" for r in some if r['timeline']) + '. The table has the verdicts'
     def widget():
         import ipywidgets as w

@@ -33,7 +33,7 @@ def _draw_trace(axes, t):
         style = {'marker': {'diamond': 'D', 'x': 'X', 'square': 's', 'star': '*'}.get(t.marker.symbol, 'o') if 'markers' in (t.mode or 'lines') else None, 'linestyle': {'dash': '--', 'dot': ':'}.get(t.line.dash, '-') if 'lines' in (t.mode or 'lines') else 'none'}
         axes.errorbar(x, y, yerr=None if error is None else np.array([below, error], float), label=t.name, capsize=3, color=t.line.color or t.marker.color if isinstance(t.line.color or t.marker.color, str) else None, **style)
         if 'text' in (t.mode or '') and t.text is not None:
-            for u, v, s in zip(x, y, t.text if isinstance(t.text, (list, tuple, np.ndarray)) else [t.text]*len(x)): axes.annotate(_text(s), (u, v), xytext=(4, 6), textcoords='offset points', fontsize=8)
+            for u, v, s in zip(x, y, t.text if isinstance(t.text, (list, tuple, np.ndarray)) else [t.text]*len(x)): axes.annotate(_text(s), (u, v), xytext=(4, 6 + 11*(len(axes.texts) % 3)), textcoords='offset points', fontsize=8)
     else: raise EdgenbError(f'no still picture of a {t.type} trace: use heatmap, bar or scatter')
 
 def still(figure        # a plotly figure of heatmap, bar and scatter traces
@@ -49,6 +49,9 @@ def still(figure        # a plotly figure of heatmap, bar and scatter traces
     if any('text' in (t.mode or '') for t in figure.data if t.type == 'scatter'): axes.margins(x=0.2, y=0.15)
     axes.set_title(_text(figure.layout.title.text), fontsize=11)
     axes.set_xlabel(_text(figure.layout.xaxis.title.text)); axes.set_ylabel(_text(figure.layout.yaxis.title.text))
+    if figure.layout.xaxis.dtick:
+        from matplotlib.ticker import MultipleLocator
+        axes.xaxis.set_major_locator(MultipleLocator(figure.layout.xaxis.dtick))
     if figure.layout.xaxis.type == 'log':
         from matplotlib.ticker import LogFormatter
         axes.set_xscale('log')
@@ -98,7 +101,7 @@ def calibration_error(defective: np.ndarray, score: np.ndarray, bins: int = 10) 
 
 def history_figure(history: list):
     "Losses by epoch."
-    figure = _figure('Training', 'epoch', 'log loss')
+    figure = _figure('Training', 'epoch', 'log loss', xaxis_dtick=1 + len(history)//12)
     for k, name in (('train_loss', 'training'), ('validation_loss', 'validation')):
         figure.add_scatter(x=[h['epoch'] for h in history], y=[h[k] for h in history], mode='lines+markers', name=name)
     return figure
@@ -118,6 +121,7 @@ def contact_sheet(images,            # PIL images or uint8 arrays; a generator w
     pen = ImageDraw.Draw(sheet)
     for n, (image, caption) in enumerate(zip(images, captions)):
         tile = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert('RGB')
+        if (times := size//max(tile.size)) > 1: tile = tile.resize((tile.width*times, tile.height*times), Image.Resampling.NEAREST)
         tile.thumbnail((size, size))
         at = (n % columns*(size + 6), n//columns*height)
         sheet.paste(tile, at)

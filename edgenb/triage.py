@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'Item', 'reviewer', 'Desk', 'desk_widget', 'as_run', 'content_html', 'sheet_of', 'problems_of', 'triage',
-           'coverage', 'groups_of', 'look_alikes']
+           'groups_of', 'look_alikes']
 
 # %% ../nbs/72_triage.ipynb #703fcae1
 import getpass, html, json, time
@@ -117,7 +117,7 @@ def _draw(desk, p):
     p['status'].value = f"<div role='status' aria-live='polite'><b>{desk.at + 1} of {len(desk.items)}</b>, {desk.decided} decided. {esc(desk.message)}&nbsp;</div>"
     try: p['picture'].value = i.show()
     except EdgenbError as e: p['picture'].value = f'<p>{esc(str(e))}</p>'
-    sure = '' if i.confidence is None else f'<br>Confidence in this label: {i.confidence:.0%}'
+    sure = '' if i.confidence is None else '<br>Confidence in this label: ' + ('below 1%' if i.confidence < 0.01 else f'{i.confidence:.0%}')
     p['about'].value = f"<b>{esc(i.name)}</b><br>Label: <b>{esc(i.label)}</b>{sure}<br>{esc(i.why)}" + (f"<p>Decided: {WORDS[d.action]}{f' as {esc(d.after)}' if d.action == 'correct' else ''}, by {esc(d.who)}, {d.when[:16].replace('T', ' ')} UTC</p>" if d else '')
 
 def desk_widget(desk: Desk, words: dict = {'keep': 'Keep'}) -> tuple:   # (ipywidgets box, its widgets by name)
@@ -220,15 +220,16 @@ def coverage(run,             # a Run in which `data` was entered, or its path
     run = as_run(run)
     card, examples = run.card('data'), examples_of(run, 'all')
     classes, splits = card.result['classes'], list(card.result['splits'])
-    rows = [[c, *(n := [card.result['splits'][s].get(c, 0) for s in splits]), sum(n), f"{sum(n)/max(1, len(examples)):.0%}", len({e.group for e in examples if e.label == c and e.group}) or None] for c in classes]
+    grouped = any(e.group for e in examples)
+    rows = [[c, *(n := [card.result['splits'][s].get(c, 0) for s in splits]), sum(n), f"{sum(n)/max(1, len(examples)):.0%}", *([len({e.group for e in examples if e.label == c and e.group})] if grouped else [])] for c in classes]
     gates = [['pass' if g['passed'] else 'FAIL', g['gate'], g['why']] for g in card.result['certificate']['gates']]
     def few(label, split):
         some = [e for e in examples if e.label == label and split in ('all', e.split)]
         return [some[i] for i in sorted(np.random.default_rng(0).permutation(len(some))[:images])], len(some)
     def sheet(label, split):
         some, n = few(label, split)
-        return [f'<p role="status" aria-live="polite">{len(some)} of {n} examples of {html.escape(label)}, {html.escape(split)}</p>', *sheet_of(some, [f'{e.id}\n{e.split}' for e in some], f'{len(some)} images of class {label}')]
-    def paper(): return [table(['class', *splits, 'all', 'share', 'groups'], rows, f'{len(examples)} examples ({card.data})'), table(['verdict', 'gate', 'why'], gates, 'gates')] + [p for c in classes[:6] for p in sheet(c, 'all')]
+        return [f'<p role="status" aria-live="polite">{len(some)} of {n} examples of {html.escape(label)}, {'all splits' if split == 'all' else html.escape(split)}</p>', *sheet_of(some, [f'{e.id}\n{e.split}' for e in some], f'{len(some)} images of class {label}')]
+    def paper(): return [table(['class', *splits, 'all', 'share', *(['groups'] if grouped else [])], rows, f'{len(examples)} examples ({card.data})'), table(['verdict', 'gate', 'why'], gates, 'gates')] + [p for c in classes[:6] for p in sheet(c, 'all')]
     def widget():
         import ipywidgets as w
         label, split, shown = w.Dropdown(options=classes, description='Class'), w.Dropdown(options=['all', *splits], description='Split'), w.HTML()
@@ -260,9 +261,10 @@ def look_alikes(run,            # a Run in which `data` was entered, or its path
     card = run.card('data')
     if not any(p.endswith('/duplicates.json') for p in card.wrote): raise EdgenbError(f'look_alikes: the data room of {run.path} left no duplicates.json: enter data again, with images and this edgenb')
     known = {e.id: e for e in examples_of(run, 'all')}
+    def counted(c): return ', '.join(f'{n} {k}' for k, n in c.most_common())
     def said(g):
         labels, splits = Counter(known[i].label for i in g), Counter(known[i].split for i in g)
-        return '; '.join(([f'labels differ: {dict(labels)}'] if len(labels) > 1 else []) + ([f'across splits: {dict(splits)}'] if len(splits) > 1 else [])) or f'{next(iter(labels))}, {next(iter(splits))}'
+        return '; '.join(([f'labels differ: {counted(labels)}'] if len(labels) > 1 else []) + ([f'across splits: {counted(splits)}'] if len(splits) > 1 else [])) or f'{next(iter(labels))}, {next(iter(splits))}'
     found = groups_of(json.loads(run.file('data', 'duplicates.json').read_text(encoding='utf-8')))
     found = sorted(found, key=lambda g: (-(len({known[i].label for i in g}) > 1), -(len({known[i].split for i in g}) > 1), -len(g)))[:limit]
     if not found: return Panel('look-alikes', lambda: ['<p>No two images of this data look alike.</p>'], _nothing)
