@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'Item', 'reviewer', 'Desk', 'desk_widget', 'as_run', 'content_html', 'sheet_of', 'problems_of', 'triage',
-           'groups_of', 'look_alikes']
+           'coverage', 'groups_of', 'look_alikes']
 
 # %% ../nbs/72_triage.ipynb #703fcae1
 import getpass, html, json, time
@@ -228,7 +228,7 @@ def coverage(run,             # a Run in which `data` was entered, or its path
         return [some[i] for i in sorted(np.random.default_rng(0).permutation(len(some))[:images])], len(some)
     def sheet(label, split):
         some, n = few(label, split)
-        return [f'<p role="status" aria-live="polite">{len(some)} of {n} examples of {html.escape(label)}, {'all splits' if split == 'all' else html.escape(split)}</p>', *sheet_of(some, [f'{e.id}\n{e.split}' for e in some], f'{len(some)} images of class {label}')]
+        return [f'<p role="status" aria-live="polite">{len(some)} of {n} examples of {html.escape(label)}, {html.escape("all splits" if split == "all" else split)}</p>', *sheet_of(some, [f'{e.id}\n{e.split}' for e in some], f'{len(some)} images of class {label}')]
     def paper(): return [table(['class', *splits, 'all', 'share', *(['groups'] if grouped else [])], rows, f'{len(examples)} examples ({card.data})'), table(['verdict', 'gate', 'why'], gates, 'gates')] + [p for c in classes[:6] for p in sheet(c, 'all')]
     def widget():
         import ipywidgets as w
