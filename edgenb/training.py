@@ -138,8 +138,8 @@ def tune_live(run, **choices   # of `edgenb.tune.tune`
     except KeyboardInterrupt:
         said = 'Interrupted.'
         raise EdgenbError('tune was interrupted; what was learnt until the end of the last epoch is kept: run this cell again to go on from there') from None
-    except EdgenbError as e:
-        said = str(e)
+    except EdgenbError:
+        said = 'Ended. The message below says why, and how to go on.'
         raise
     finally:
         if window: window.close(said)
