@@ -153,7 +153,7 @@ def command_weights(args):
          argument('--no-browser', action='store_true', help='print the address instead of opening a browser'),
          argument('--port', type=int, help='of the server (default 8888, or the next one that is free)'),
          argument('--overwrite', action='store_true', help='replace a copy, even one that was changed, by the recipe'),
-         argument('jupyter', nargs='*', metavar='-- OPTION', help="options of JupyterLab, after --, such as -- --ip=0.0.0.0"))
+         argument('--jupyter', action='append', default=[], metavar='OPTION', help='an option of JupyterLab, such as --jupyter=--ip=0.0.0.0; may be repeated'))
 def command_open(args):
     "copy a recipe into your folder and open it in JupyterLab"
     from importlib.util import find_spec

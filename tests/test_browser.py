@@ -53,7 +53,7 @@ def opened(tmp_path, tmp_path_factory):
     own = {f'JUPYTER_{what}_DIR': str(home/what.lower()) for what in ('CONFIG', 'DATA', 'RUNTIME')} | {f'JUPYTERLAB_{what}_DIR': str(home/what.lower()) for what in ('SETTINGS', 'WORKSPACES')}
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     with open(home/'said', 'w') as said:
-        process = subprocess.Popen([Path(sys.executable).parent/'edgenb', 'open', 'wafer', '--no-browser', '--port', str(port), '--', '--allow-root', '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=None'],
+        process = subprocess.Popen([Path(sys.executable).parent/'edgenb', 'open', 'wafer', '--no-browser', '--port', str(port), '--jupyter=--allow-root', '--jupyter=--LabApp.expose_app_in_browser=True', '--jupyter=--LabApp.news_url=None'],
                                    cwd=tmp_path, env=os.environ | own, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT)
     try:
         for _ in range(240):
