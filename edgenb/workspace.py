@@ -8,7 +8,8 @@ __all__ = ['NAME', 'sources', 'shipped', 'found', 'copy_recipe', 'jupyterlab', '
 # %% ../nbs/70_workspace.ipynb #f38d5adb
 import ast, importlib.util, json, os, re, subprocess, sys, uuid
 from pathlib import Path
-from .core import EdgenbError, did_you_mean, file_errors, settings, write_atomic
+from urllib.parse import quote
+from .core import EdgenbError, file_errors, settings, write_atomic
 from .mill import check_parameters, headline, parameters, read_notebook, recipe, recipes
 
 # %% ../nbs/70_workspace.ipynb #03164a4b
@@ -32,9 +33,9 @@ def copy_recipe(name: str,                   # of a recipe, or path of a noteboo
                ) -> tuple:                   # (path, what was done in words)
     "A recipe in the user's folder: recipes/ of the workspace, or where one is. A notebook of one's own is not copied."
     path = found(name, start)
-    if not shipped(path): return path.absolute(), f'{path} is your own: opened where it is'
+    if not shipped(path): return path.resolve(), f'{path} is your own: opened where it is'
     root = settings(start).root
-    target = (root/'recipes' if (root/'settings.ini').is_file() else Path(start).absolute())/path.name
+    target = (root/'recipes' if (root/'settings.ini').is_file() else root)/path.name
     if target.exists() and not overwrite:
         if sources(target) == sources(path): return target, f'{target} is there already, unchanged'
         return target, f'{target} is there already and differs from the recipe: opened as it is (--overwrite replaces it)'
@@ -45,7 +46,7 @@ def copy_recipe(name: str,                   # of a recipe, or path of a noteboo
 def jupyterlab(path: Path, options: list):
     "Start JupyterLab on a notebook, in this process's place; it asks for its token as ever."
     root = settings(path.parent).root
-    command = [sys.executable, '-m', 'jupyterlab', str(path), f'--ServerApp.root_dir={root if path.is_relative_to(root) else path.parent}', *options]
+    command = [sys.executable, '-m', 'jupyterlab', f'--ServerApp.root_dir={root}', f'--LabApp.default_url=/lab/tree/{quote(path.relative_to(root).as_posix())}', *options]   # the address that is printed is the notebook's
     environment = {k: v for k, v in os.environ.items() if k != 'EDGENB_PANELS'}
     sys.stdout.flush()
     if os.name == 'posix': os.execve(sys.executable, command, environment)
