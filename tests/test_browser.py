@@ -80,7 +80,7 @@ def test_edgenb_open_copies_the_wafer_recipe_which_runs_in_jupyterlab_and_shows_
     run_all_cells(page, '.jp-OutputArea-output')
     done = page.wait_for_function("""() => { const cells = window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells.map(c => c.toJSON());
         const texts = cells.flatMap(c => c.outputs || []).map(o => JSON.stringify(o));
-        return texts.some(t => t.includes('"output_type":"error"')) ? 'failed' : texts.some(t => t.includes('smoke run finished')) ? 'finished' : false }""", timeout=300_000).json_value()
+        return texts.some(t => t.includes('"output_type":"error"')) ? 'failed' : texts.some(t => t.includes('smoke run finished')) ? 'finished' : false }""", timeout=300_000, polling=2000).json_value()
     cells = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells.map(c => c.toJSON())")
     errors = [o for c in cells for o in c.get('outputs', []) if o['output_type'] == 'error']
     assert done == 'finished', json.dumps(errors)[:2000]
