@@ -202,9 +202,23 @@ class Panel:
     title: str
     paper: Callable     # () -> list of parts, see `as_html`
     widget: Callable    # () -> ipywidgets box
+    said: Callable | None = None   # () -> HTML: the beginning of the page, which changes with what is done; `refresh` writes it anew
     state: object = None   # what the widget works on
     parts: dict = field(default_factory=dict)   # its widgets, by name
     _box: object = None
+    _handle: object = None    # of what was said, on the page
+    _class: str = ''          # of the page behind the widget
+
+    def refresh(self):
+        "What was said on the page, as it is now: also in the notebook's file."
+        from IPython.display import HTML
+        if self._handle: self._handle.update(HTML(self._behind(self.said())))
+
+    def _behind(self, text): return f'<div class="{self._class}">{text}</div>'
+
+    def whole(self) -> list:
+        "All parts of the page."
+        return [self.said(), *self.paper()] if self.said else self.paper()
 
     @property
     def box(self):
@@ -216,17 +230,18 @@ class Panel:
 
     def html(self) -> str:
         "The paper form as one piece of HTML."
-        return f'<div role="group" aria-label="{html.escape(self.title, quote=True)}">' + '\n'.join(map(as_html, self.paper())) + '</div>'
+        return f'<div role="group" aria-label="{html.escape(self.title, quote=True)}">' + '\n'.join(map(as_html, self.whole())) + '</div>'
 
     def _ipython_display_(self):
         from IPython.display import HTML, display
         if not is_live():
-            for part in self.paper(): display(HTML(part)) if isinstance(part, str) else show(part) if hasattr(part, 'to_plotly_json') else display(part)
+            for part in self.whole(): display(HTML(part)) if isinstance(part, str) else show(part) if hasattr(part, 'to_plotly_json') else display(part)
             return
         import ipywidgets as w
-        name = f'edgenb-paper-{uuid.uuid4().hex[:12]}'
-        display(HTML(f'<div class="{name}">{self.html()}</div>'))
-        display(w.VBox([w.HTML(f'{STYLE}<style>.{name} {{display: none}}</style>', layout=w.Layout(display='contents')), self.box]))
+        self._class = f'edgenb-paper-{uuid.uuid4().hex[:12]}'
+        if self.said: self._handle = display(HTML(self._behind(self.said())), display_id=True)
+        display(HTML(self._behind('\n'.join(map(as_html, self.paper())))))
+        display(w.VBox([w.HTML(f'{STYLE}<style>.{self._class} {{display: none}}</style>', layout=w.Layout(display='contents')), self.box]))
 
 # %% ../nbs/10_panel.ipynb #4af3c3ae
 def on_key(box,    # an ipywidgets Text with continuous_update

@@ -158,11 +158,14 @@ def test_labels_are_triaged_by_single_keys_and_a_slider_moves_the_choice_and_the
         saved = nbformat.read(tmp_path/'panels.ipynb', 4)
         if any(c.outputs for c in saved.cells): break
         time.sleep(0.5)
-    assert 'every hop, from the tuned network down' in json.dumps(saved) and 'widgets' not in saved.metadata
-    page.evaluate("() => { window.jupyterapp.commands.execute('kernelmenu:shutdown') }")
-    shutil.copy(tmp_path/'panels.ipynb', tmp_path/'later.ipynb')
-    page.goto(f'{lab}/lab/tree/later.ipynb')
+    text = json.dumps(saved)
+    assert 'every hop, from the tuned network down' in text and '3 images to look at, 3 decided' in text and 'widgets' not in saved.metadata
+    nbformat.write(saved, tmp_path/'later.ipynb')
+    page.goto(f'{lab}/lab/tree/later.ipynb?reset')
     expect(page.get_by_text('every hop, from the tuned network down')).to_be_visible(timeout=60_000)   # no kernel has run this one
+    expect(page.get_by_text('3 images to look at, 3 decided')).to_be_visible()
+    page.screenshot(path=str(tmp_path/'later.png'))
+    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status=='idle'", timeout=60_000)   # a server that starts a kernel does not end
 
 
 def test_a_press_on_stop_ends_the_training_and_the_same_cell_goes_on(page, lab, tmp_path):
