@@ -72,16 +72,21 @@ def out_of_fold(features: np.ndarray,  # float, (n, d)
 def label_noise(labels: np.ndarray,          # int, (n,)
                 probabilities: np.ndarray,   # float, (n, classes), out of fold
                 confidence: float = 0.95,    # of the lower limit, one-sided
-                seed: int = 0
+                seed: int = 0,
+                reviewed: np.ndarray | None = None   # bool (n,): labels that a person has decided on; they count as right
                ) -> dict:                    # accuracy, low, suspects (indices, most suspicious first)
     "Estimated share of correct labels with a lower confidence bound, and the labels most likely wrong."
     from cleanlab.count import estimate_joint
     from cleanlab.filter import find_label_issues
-    def accuracy(rows): return float(np.trace(estimate_joint(labels[rows], probabilities[rows])))
+    unseen = np.ones(len(labels), bool) if reviewed is None else ~reviewed
+    def accuracy(rows):
+        judged = rows[unseen[rows]]
+        wrong = len(judged)*(1 - float(np.trace(estimate_joint(labels[judged], probabilities[judged])))) if len(judged) else 0.0
+        return 1 - wrong/len(rows)
     rng, everything = np.random.default_rng(seed), np.arange(len(labels))
     draws = [accuracy(rng.choice(everything, len(labels))) for _ in range(300)]
     suspects = find_label_issues(labels, probabilities, return_indices_ranked_by='self_confidence', n_jobs=1)
-    return {'accuracy': accuracy(everything), 'low': float(np.quantile(draws, 1 - confidence)), 'suspects': suspects.tolist()}
+    return {'accuracy': accuracy(everything), 'low': float(np.quantile(draws, 1 - confidence)), 'suspects': suspects[unseen[suspects]].tolist()}
 
 # %% ../nbs/14_certificate.ipynb #b54bac9d
 def gate(name: str, passed, value, limit, why: str) -> dict:
@@ -99,11 +104,21 @@ def certify(examples: list,           # of Example, frozen and split
             negative: str,            # the class that is accepted
             label_accuracy: float, min_per_class: int, confidence: float,   # the gates
             features: str,            # image model whose features judge the labels
-            seed: int) -> tuple:      # (certificate dict, list of problem rows)
+            seed: int,
+            reviewed: np.ndarray | None = None   # bool, same order: labels that a person has decided on
+           ) -> tuple:                # (certificate dict, list of problem rows)
     "Judge a frozen data set by its gates, and list every row that a person should look at."
     labels = [e.label for e in examples]
-    counts, problems = Counter(labels), []
-    def problem(i, what): problems.append({'id': examples[i].id, 'label': labels[i], 'split': examples[i].split, 'problem': what, 'path': examples[i].path})
+    counts, problems, noise = Counter(labels), [], None
+    classes, reviewed = sorted(counts), np.zeros(len(labels), bool) if reviewed is None else reviewed
+    if min(counts.values()) >= 10:
+        from edgenb.vision import features as extract
+        y = np.array([classes.index(l) for l in labels])
+        p = out_of_fold(extract(examples, features), y, twins.clusters, seed)
+        noise = label_noise(y, p, confidence, seed, reviewed)
+    def problem(i, what):
+        judged = {'confidence': round(float(p[i][y[i]]), 4), 'likely': classes[int(p[i].argmax())]} if noise else {}   # of the label, by a model that did not see it; and what that model says
+        problems.append({'id': examples[i].id, 'label': labels[i], 'split': examples[i].split, 'problem': what, 'path': examples[i].path} | judged)
     small = min(counts, key=lambda c: (counts[c], c))
     gates = [gate('class floor', counts[small] >= min_per_class, counts[small], min_per_class, f'{small} has {counts[small]} examples, {min_per_class} are needed')]
     leaks = _leaks(examples, twins.pairs)
@@ -112,20 +127,14 @@ def certify(examples: list,           # of Example, frozen and split
     for i, j, s in twins.pairs:
         copies = 'is an exact copy of' if examples[i].sha256 == examples[j].sha256 else f'looks like (correlation {s:.2f})'
         other = f', which is labelled {labels[j]}' if labels[i] != labels[j] else ''
-        if other or (i, j) in across or examples[i].sha256 == examples[j].sha256:
+        if (i, j) in across or (other or examples[i].sha256 == examples[j].sha256) and not (reviewed[i] and reviewed[j]):
             problem(i, f'{copies} {examples[j].id}{other}' + (f', in {examples[j].split}' if (i, j) in across else ''))
-    noise = None
-    if min(counts.values()) >= 10:
-        from edgenb.vision import features as extract
-        classes = sorted(counts)
-        y = np.array([classes.index(l) for l in labels])
-        noise = label_noise(y, out_of_fold(extract(examples, features), y, twins.clusters, seed), confidence, seed)
-        for i in noise['suspects']: problem(i, 'label may be wrong: a model that did not see it disagrees')
+    for i in noise['suspects'] if noise else (): problem(i, f'label may be wrong: a model that did not see it says {classes[int(p[i].argmax())]}')
     gates.append(gate('label accuracy', noise and noise['low'] >= label_accuracy, noise and round(noise['low'], 4), label_accuracy,
-                       f"estimated {noise['accuracy']:.1%} of labels correct, {confidence:.0%} lower limit of the estimate {noise['low']:.1%}; {label_accuracy:.0%} are needed"
+                       f"estimated {noise['accuracy']:.1%} of labels correct, {confidence:.0%} lower limit of the estimate {noise['low']:.1%}; {label_accuracy:.0%} are needed" + (f"; {int(reviewed.sum())} labels that a person decided on count as right" if reviewed.any() else '')
                        if noise else 'too few examples to estimate it'))
     unsure = sum(e.probability not in (None, 0.0, 1.0) for e in examples)
-    return {'passed': all(g['passed'] for g in gates), 'gates': gates, 'examples': len(examples), 'counts': dict(counts),
+    return {'passed': all(g['passed'] for g in gates), 'gates': gates, 'examples': len(examples), 'counts': dict(counts), 'reviewed': int(reviewed.sum()),
             'groups': dict(Counter(e.group for e in examples if e.group)), 'near_duplicate_pairs': len(twins.pairs),
             'experts_unsure': unsure, 'label_accuracy': noise and round(noise['accuracy'], 4), 'suspects': len(noise['suspects']) if noise else 0}, problems
 

@@ -96,9 +96,9 @@ def front_figure(rows: list, budget_ms: float = 0):
     front = pareto([r for r in rows if r['verdict'] != 'fail'], {'value': 1, 'p95_ms': -1})
     metric, named = rows[0]['metric'], {*front, 'reference'} if len(rows) > 6 else {r['artifact'] for r in rows}   # names of twenty would cover each other
     figure = go.Figure(layout=dict(template='plotly_white', width=760, height=480, xaxis_title='latency p95 of a decision, ms', yaxis_title=f'{metric} on the test set', xaxis_type='log'))
-    for verdict, colour in (('pass', 'seagreen'), ('undecided', 'goldenrod'), ('fail', 'crimson'), ('', 'grey')):
+    for verdict, colour, symbol in (('pass', 'seagreen', 'circle'), ('undecided', 'goldenrod', 'diamond'), ('not run here', 'steelblue', 'square'), ('fail', 'crimson', 'x'), ('', 'grey', 'star')):
         some = [r for r in rows if (r['verdict'] if r['runtime'] != 'torch' else '') == verdict]
-        if some: figure.add_scatter(x=[r['p95_ms'] for r in some], y=[r['value'] for r in some], mode='markers+text', text=[r['artifact'] if r['artifact'] in named else '' for r in some], hovertext=[r['artifact'] for r in some], textposition='top center', marker=dict(size=10, color=colour),
+        if some: figure.add_scatter(x=[r['p95_ms'] for r in some], y=[r['value'] for r in some], mode='markers+text', text=[r['artifact'] if r['artifact'] in named else '' for r in some], hovertext=[r['artifact'] for r in some], textposition='top center', marker=dict(size=10, color=colour, symbol=symbol),
                                     name={'': 'reference'}.get(verdict, verdict), error_y=dict(array=[r['high'] - r['value'] for r in some], arrayminus=[r['value'] - r['low'] for r in some], thickness=1))
     line = sorted((r for r in rows if r['artifact'] in front), key=lambda r: r['p95_ms'])
     figure.add_scatter(x=[r['p95_ms'] for r in line], y=[r['value'] for r in line], mode='lines', line=dict(dash='dot', color='grey'), name='front')

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'GIVEN', 'argument', 'command', 'command_recipes', 'command_run', 'command_predict', 'command_verify',
            'command_compare', 'command_fit', 'command_weights', 'command_doctor', 'command_completion', 'command_card',
-           'parser', 'main']
+           'command_open', 'command_new', 'parser', 'main']
 
 # %% ../nbs/17_cli.ipynb #61b96ae7
-import argparse, sys
+import argparse, os, sys
 
 # %% ../nbs/17_cli.ipynb #d8a9805e
 COMMANDS: dict = {}   # name -> (function, its arguments)
@@ -181,6 +181,32 @@ def command_card(args):
     if args.push: print(push(run, args.push, path))
     print(path)
 
+# %% ../nbs/17_cli.ipynb #7a170102
+@command(argument('recipe', help='name of a recipe, or path of a notebook'),
+         argument('--no-browser', action='store_true', help='print the address instead of opening a browser'),
+         argument('--port', type=int, help='of the server (default 8888, or the next one that is free)'),
+         argument('--overwrite', action='store_true', help='replace a copy, even one that was changed, by the recipe'),
+         argument('--jupyter', action='append', default=[], metavar='OPTION', help='an option of JupyterLab, such as --jupyter=--ip=0.0.0.0; may be repeated'))
+def command_open(args):
+    "copy a recipe into your folder and open it in JupyterLab"
+    from importlib.util import find_spec
+    from edgenb.core import EdgenbError
+    from edgenb.workspace import copy_recipe, jupyterlab
+    if missing := [m for m in ('jupyterlab', 'ipywidgets') if find_spec(m) is None]: raise EdgenbError(f"{missing[0]} is not installed: opening a recipe needs the workstation, pip install 'edgenb[lab]'")
+    path, said = copy_recipe(args.recipe, overwrite=args.overwrite)
+    print(said)
+    return jupyterlab(path, [*(['--no-browser'] if args.no_browser else []), *([f'--port={args.port}'] if args.port else []), *args.jupyter])
+
+# %% ../nbs/17_cli.ipynb #7a170103
+@command(argument('name', help='of the new recipe: small letters, digits, dashes'),
+         argument('--from', dest='source', default='wafer', metavar='RECIPE', help='the recipe it is made from (default wafer)'),
+         *GIVEN)
+def command_new(args):
+    "make a recipe of your own from one that runs; -p sets its defaults"
+    from edgenb.workspace import new_recipe
+    path = new_recipe(args.name, args.source, _given(args))
+    print(f'{path}\ntry it:  edgenb run {args.name} -p smoke true\nopen it: edgenb open {args.name}')
+
 # %% ../nbs/17_cli.ipynb #9ce138b1
 def parser() -> argparse.ArgumentParser:
     "The command line."
@@ -196,6 +222,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv=None) -> int:
     "Entry point of the `edgenb` command; returns the exit code."
     args = parser().parse_args(argv)
+    os.environ.setdefault('EDGENB_PANELS', 'static')   # nobody sits at the kernels that are started from here, though a notebook may have called
     if args.version:
         from edgenb import __version__
         print(__version__)

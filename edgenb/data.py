@@ -190,7 +190,7 @@ def split(strata: list,           # one label an example; each split gets its sh
     return result.tolist()
 
 # %% ../nbs/01_data.ipynb #c2cf3537
-def _outside(source, extra, features, **_):
+def _outside(source, extra, features, decisions, **_):
     "Digests of the sources: of the listing, and of every image."
     def one(s):
         if str(s).startswith('bundled:'):
@@ -199,7 +199,8 @@ def _outside(source, extra, features, **_):
         if not Path(s).exists(): raise EdgenbError(f'{s} does not exist: check the path')
         p = Path(s)
         return digest(p.parent if p.suffix == '.json' else p)
-    return {f'source {n}': one(s) for n, s in enumerate([source, *extra])} | weights_digest('features', features)
+    if decisions and not Path(decisions).is_file(): raise EdgenbError(f'data: decisions = {decisions} does not exist: it is the file that edgenb.panel.triage names')
+    return {f'source {n}': one(s) for n, s in enumerate([source, *extra])} | weights_digest('features', features) | ({'decisions': digest(decisions)} if decisions else {})
 
 def freeze(examples: list) -> tuple:   # (list of Example with sha256, thumbnails uint8 (n, 64, 64))
     "Decode every image once: proves that it can be read, takes its digest and a thumbnail."
@@ -236,6 +237,7 @@ def data(run,
          min_box_px: float = 0.0,              # with boxes: those with a shorter side do not count
          kind: str = 'real',                   # what the images of `source` are: 'real' or 'synthetic'
          extra: list = [],                     # more sources, used for training only (what `learn` wrote)
+         decisions: str = '',                  # file of what people decided about labels (`edgenb.panel.triage` writes it)
          test: float = 0.25,                   # share of the frozen test set
          validation: float = 0.10,             # share for early stopping, thresholds and calibration
          field: float = 0.0,                   # share that plays images met after shipping
@@ -246,7 +248,7 @@ def data(run,
          confidence: float = 0.95,             # of the bound
          features: str = 'bundled:efficientnet-lite0',  # image model whose features judge the labels
          seed: int = 0):
-    "Read, freeze, split and certify labelled images. Leaves examples.jsonl, certificate.json and problems.jsonl."
+    "Read, freeze, split and certify labelled images. Leaves examples.jsonl, certificate.json, problems.jsonl and duplicates.json."
     from edgenb.certificate import certify, near_duplicates
     _image_label([], negative, labels, '')   # refuses an unknown `labels`
     within('data', 0, 1, test=test, validation=validation, field=field)
@@ -269,16 +271,21 @@ def data(run,
     clusters = twins.clusters if keep_together else np.arange(len(examples))
     fractions = {'test': test, 'validation': validation, 'field': field}
     parts = split([f'{e.label} {e.group}' for e in examples], clusters, fractions, seed)
-    examples = [replace(e, split=s) for e, s in zip(examples, parts)]
+    examples, reviewed, told = [replace(e, split=s) for e, s in zip(examples, parts)], np.zeros(len(examples), bool), None
+    if decisions:   # after the split was drawn: nobody's opinion of a label moves an image from test to training
+        from edgenb.labels import apply_decisions
+        examples, kept, reviewed, told = apply_decisions(examples, decisions, classes)
+        if len(kept) < len(thumbs): thumbs = thumbs[kept]; twins = near_duplicates(thumbs)
     for name in ('train', 'validation', 'test'):
         for c in classes:
             if not any(e.split == name and e.label == c for e in examples):
                 n = sum(e.label == c for e in examples)
-                raise EdgenbError(f'{source} has {n} example(s) of class {c}: too few to put some into train, validation and test; collect at least {min_per_class}')
+                raise EdgenbError(f'{source} has {n} example(s) of class {c}' + (' as decided' if decisions else '') + f': too few to put some into train, validation and test; collect at least {min_per_class}')
     base, left_out = len(examples), []
     for more in extra: examples, thumbs, dropped = add_training(examples, thumbs, base, more, negative, labels); left_out += dropped
     if extra: twins = near_duplicates(thumbs, base=base)
-    certificate, problems = certify(examples, twins, negative, label_accuracy, min_per_class, confidence, features, seed)
+    reviewed = np.pad(reviewed, (0, len(examples) - base))
+    certificate, problems = certify(examples, twins, negative, label_accuracy, min_per_class, confidence, features, seed, reviewed)
     problems = left_out + problems
     for i in range(base, len(examples)):   # copies, so that the run holds all that is not in `source`
         target = run.new(f'extra/{i - base:05}{Path(examples[i].path).suffix}')
@@ -287,9 +294,10 @@ def data(run,
     kinds = {e.kind for e in examples}
     save_examples(examples, run.new('examples.jsonl'))
     write_atomic(run.new('certificate.json'), json.dumps(certificate, indent=1))
+    write_atomic(run.new('duplicates.json'), json.dumps([[examples[i].id, examples[j].id, s] for i, j, s in twins.pairs]))
     write_atomic(run.new('problems.jsonl'), ''.join(json.dumps(p) + '\n' for p in problems))
     return {'data': kinds.pop() if len(kinds) == 1 else 'mixed', 'format': form, 'classes': classes, 'negative': negative, 'certificate': certificate,
-            'splits': {s: dict(Counter(e.label for e in examples if e.split == s)) for s in ('train', 'validation', 'field', 'test')}}
+            'splits': {s: dict(Counter(e.label for e in examples if e.split == s)) for s in ('train', 'validation', 'field', 'test')}} | ({'decisions': told} if told else {})
 
 # %% ../nbs/01_data.ipynb #99ecc7a4
 def examples_of(run,          # a Run that `data` has been entered in

@@ -42,7 +42,8 @@ def _checked(d: Decision) -> Decision:
     if d.action not in ACTIONS: raise EdgenbError(f'decision: there is no action {d.action!r}.{did_you_mean(str(d.action), ACTIONS)}')
     if set(d.before) != {'code', 'confidence'}: raise EdgenbError("decision: before must be {'code', 'confidence'}")
     code = _word('the code before', d.before['code'], 40)
-    within('decision', 0, 1, confidence=d.before['confidence']); within('decision', 0, 1e9, seconds=d.seconds)
+    if d.before['confidence'] is not None: within('decision', 0, 1, confidence=d.before['confidence'])
+    within('decision', 0, 1e9, seconds=d.seconds)
     if d.action == 'reject' and (d.after is not None or d.rank is not None): raise EdgenbError('decision: a rejected note has no code: use correct')
     if d.action == 'confirm' and (d.after != code or d.rank != 1): raise EdgenbError(f'decision: confirmed is {code}, which was put first; use correct for another')
     if d.action == 'correct' and _word('the code', d.after, 40) == code: raise EdgenbError(f'decision: {code} is what the model had put first: use confirm')
@@ -137,12 +138,12 @@ class Decisions:
         else: self._stacks[row['note']].pop()
 
     def add(self, note: str, who: str, action: str,
-            before: tuple,               # (code, confidence): what the model had put first
+            before: tuple,               # (code, confidence): what the model had put first; None for a confidence that is not known
             after: str | None = None,    # the code decided on
             rank: int | None = None,     # its place on the list, if it was there
             *, model: str, seconds: float) -> Decision:
         "Record a decision; it is on the disk when this returns."
-        row = Decision(_word('note', note), _word('who', who), utc_now(), action, {'code': before[0], 'confidence': round(float(before[1]), 6)}, after, rank, model, round(seconds, 3))
+        row = Decision(_word('note', note), _word('who', who), utc_now(), action, {'code': before[0], 'confidence': None if before[1] is None else round(float(before[1]), 6)}, after, rank, model, round(seconds, 3))
         self._log.put(asdict(_checked(row)))
         return row
 

@@ -16,7 +16,7 @@ from .core import EdgenbError, Run, did_you_mean, file_errors, settings
 def recipes(start: str | Path = '.') -> dict:   # name -> notebook
     "Recipes of the workspace at or above `start`; those that came with the package where it has none of that name."
     here, found = Path(__file__).parent if '__file__' in globals() else None, {}
-    for folder in ([here/'recipes'] if here else []) + [settings(start).root/'nbs'/'recipes']:
+    for folder in ([here/'recipes', here.parent/'nbs'/'recipes'] if here else []) + [settings(start).root/'nbs'/'recipes']:
         found |= {p.stem: p for p in sorted(folder.glob('*.ipynb'))}
     return found
 

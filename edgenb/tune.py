@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'METHODS', 'augment', 'head_of', 'prepare', 'to_train', 'soft_targets', 'class_weights', 'loss_of',
-           'Pixels', 'fit', 'calibrate', 'decision_costs', 'tune', 'load_reference', 'tuned']
+           'Pixels', 'Told', 'fit', 'calibrate', 'decision_costs', 'tune', 'load_reference', 'tuned']
 
 # %% ../nbs/02_tune.ipynb #08e46cbe
-import json, math, random
+import contextlib, json, math, os, random, time
 from pathlib import Path
 import numpy as np
 from .certificate import require
@@ -159,6 +159,25 @@ def _checkpoint(work: Path, net, optimizer, schedule, epoch, history, best):
     torch.save({'net': net.state_dict(), 'optimizer': optimizer.state_dict(), 'schedule': schedule.state_dict(), 'epoch': epoch, 'history': history, 'best': best}, out)
     write_atomic(work/'checkpoint.pt', out.getvalue())
 
+# %% ../nbs/02_tune.ipynb #7a2001a2
+class Told:
+    "Tells `progress.json` in the work folder how a training is going, and ends it where a file `stop` is found there."
+    def __init__(self, work: Path, epochs: int, steps: int): self.work, self.epochs, self.steps, self.recent, self._last = Path(work), epochs, steps, [], 0.0
+
+    def __call__(self, history: list, step: int, losses: list):
+        if (self.work/'stop').exists():
+            (self.work/'stop').unlink()
+            kept = f"what was learnt in {len(history)} epoch(s) is kept: enter tune with the same choices to go on from there" if history else 'the first epoch had not ended, so nothing is kept'
+            raise EdgenbError(f'tune was stopped in epoch {len(history) + 1} of {self.epochs}; {kept}')
+        if losses and time.monotonic() - self._last < 1: return
+        self._last = time.monotonic()
+        if losses: self.recent = [*self.recent[-499:], [round(len(history) + step/self.steps, 4), float(np.mean(losses[-50:]))]]
+        state = {'history': history, 'epochs': self.epochs, 'step': step, 'steps': self.steps, 'recent': self.recent, 'time': time.time()}
+        with contextlib.suppress(OSError):   # a full disk is the checkpoint's to report
+            temporary = self.work/'.progress.json.tmp'
+            temporary.write_text(json.dumps(state), encoding='utf-8')
+            os.replace(temporary, self.work/'progress.json')
+
 # %% ../nbs/02_tune.ipynb #71df5b41
 def fit(net, early: Pixels | None, train: Pixels, targets, validation: Pixels, validation_targets, weights, *, method, augmentations, early_epochs,
         num_train_epochs, batch_size, learning_rate, head_learning_rate, weight_decay, patience, seed, work) -> list:
@@ -170,6 +189,7 @@ def fit(net, early: Pixels | None, train: Pixels, targets, validation: Pixels, v
     steps = max(1, len(train)//batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps*num_train_epochs))
     epoch, history, best = _restore(work, net, optimizer, schedule)
+    told = Told(work, num_train_epochs, steps)
     with progress(total=steps*num_train_epochs, initial=steps*epoch, desc='tuning', unit='step') as bar:
         while epoch < num_train_epochs and not _stalled(history[early_epochs:], patience):
             rng = np.random.default_rng([seed, epoch]); torch.manual_seed(seed*1000 + epoch)
@@ -182,13 +202,14 @@ def fit(net, early: Pixels | None, train: Pixels, targets, validation: Pixels, v
                 optimizer.zero_grad(set_to_none=True); loss.backward()
                 torch.nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], 5.0)
                 optimizer.step(); schedule.step()
-                losses.append(loss.item()); bar.update(); bar.set_postfix(epoch=epoch + 1, loss=f'{np.mean(losses[-50:]):.3f}', validation=f"{history[-1]['validation_loss']:.3f}" if history else '-')
+                losses.append(loss.item()); told(history, s + 1, losses); bar.update(); bar.set_postfix(epoch=epoch + 1, loss=f'{np.mean(losses[-50:]):.3f}', validation=f"{history[-1]['validation_loss']:.3f}" if history else '-')
             logits = validation.logits(net)
             accuracy = (logits.argmax(-1) == validation_targets.argmax(-1)).float().mean().item()
             epoch += 1
             history.append({'epoch': epoch, 'train_loss': float(np.mean(losses)), 'validation_loss': loss_of(logits, validation_targets, torch.ones(logits.shape[1])).item(), 'validation_accuracy': accuracy})
             if epoch <= early_epochs or history[-1]['validation_loss'] <= min(h['validation_loss'] for h in history[early_epochs:]): best = {k: v.clone() for k, v in net.state_dict().items()}
             _checkpoint(work, net, optimizer, schedule, epoch, history, best)
+            told(history, 0, [])
     net.load_state_dict(best)
     return history
 
@@ -266,6 +287,7 @@ def tune(run,
     costs = decision_costs(cost_miss, cost_false_alarm, cost_review)
     if start_from and not Path(start_from).is_file(): raise EdgenbError(f'tune: start_from = {start_from} does not exist: pass the model.safetensors of an earlier turn')
     if start_from: _not_seen_before(run, start_from)
+    (run.work/'stop').unlink(missing_ok=True)   # of an earlier entry
     _known([method], METHODS, 'method'); _known([mode], ('L', 'RGB'), 'mode'); _known(augmentations, AUGMENTATIONS, 'augmentation')
     facts = run.card('data').result
     overridden = require(facts['certificate'], accept_gates)

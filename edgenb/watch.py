@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TILE', 'FORMAT', 'SHIFTS', 'WINDOW_SHIFTS', 'TEXT_SHIFTS', 'Drift', 'median_bandwidth', 'mmd_test', 'Sketch',
-           'darkened', 'blurred', 'offset', 'silenced', 'noisy', 'capitals', 'hasty', 'reference_of', 'watch']
+           'timeline', 'darkened', 'blurred', 'offset', 'silenced', 'noisy', 'capitals', 'hasty', 'reference_of',
+           'watch']
 
 # %% ../nbs/07_watch.ipynb #efb62fc5
 import io
@@ -162,6 +163,20 @@ class Sketch:
         if version > FORMAT: raise EdgenbError(f'this sketch has format {version}, this edgenb knows up to {FORMAT}: install a newer edgenb')
         return cls(dimensions, bandwidth, features, seed, count, total)
 
+# %% ../nbs/07_watch.ipynb #7a700102
+def timeline(detector,            # `edgenb.drift.Detector`, or None
+             sketch: Sketch,      # of the reference
+             x: np.ndarray        # embeddings (n, d), as they came
+            ) -> tuple:           # (list of [rows seen, distance], limit that rings or None)
+    "Distance from the reference, window by window."
+    if detector:
+        from edgenb.drift import distance, fourier
+        r, w = detector.regimes[''], detector.window
+        far = [distance(fourier(np.asarray(x[i:i + w], np.float64), detector.directions).sum(0), w, r.mean.astype(np.float64)) for i in range(0, len(x) - w + 1, w)]
+        limit = float(r.limits[0]) if detector.mode == 'calibrated' and np.isfinite(r.limits[0]) else None
+    else: w, limit = max(5, len(x)//8), None; far = [sketch.mmd2(sketch.empty().update(x[i:i + w])) for i in range(0, len(x) - w + 1, w)]
+    return [[(n + 1)*w, round(float(v), 6)] for n, v in enumerate(far)], limit
+
 # %% ../nbs/07_watch.ipynb #4371df1a
 def darkened(pixels: np.ndarray) -> np.ndarray:
     "An ageing light source: 55 % of the brightness."
@@ -244,9 +259,10 @@ def watch(run,
         found = embed(examples, shift)
         d = mmd_test(known, found, seed=seed)
         detector = resting and Detector.from_bytes(resting)      # as it leaves the workstation
+        line, limit = timeline(detector, bundle.sketch, found)
         rang = detector.update(found).alarms[:1] if detector else []
         rows.append({'condition': name, 'images': len(examples), 'mmd2': d.statistic, 'p_value': d.p_value, 'loud': d.p_value <= alarm,
                      'sketch_mmd2': bundle.sketch.mmd2(bundle.sketch.empty().update(found)), 'simulated': shift is not None,
-                     'rang_after': rang[0].window*detector.window if rang else None})
+                     'rang_after': rang[0].window*detector.window if rang else None, 'timeline': line, 'limit': limit})
     return {'rows': rows, 'alarm': alarm, 'reference_images': len(reference), 'sketch_bytes': len(bundle.sketch.to_bytes()), 'detector_bytes': resting and len(resting),
             'drift': run.card('ship').result['drift']}
