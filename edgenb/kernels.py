@@ -6,7 +6,7 @@
 __all__ = ['HARMLESS', 'KERNEL', 'preload', 'serve', 'Forked', 'Zygote', 'can_fork', 'run', 'KernelDied', 'Stop', 'engine']
 
 # %% ../nbs/64_kernels.ipynb #386b35f7
-import ast, builtins, contextlib, ctypes, importlib, json, os, select, signal, socket, subprocess, sys, threading
+import ast, builtins, contextlib, ctypes, importlib, json, logging, os, queue, select, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 from .core import EdgenbError, _imported, _source, note_loaded
 
@@ -198,15 +198,32 @@ def _provisioner(base, zygote):
     return ForkedProvisioner
 
 def _manager(zygote):
-    from jupyter_client import AsyncKernelManager
+    from jupyter_client import AsyncKernelClient, AsyncKernelManager
     from jupyter_client.provisioning import LocalProvisioner
+    from traitlets import Type
     if zygote is None: return AsyncKernelManager
     provisioner = _provisioner(LocalProvisioner, zygote)
+    class Client(AsyncKernelClient):
+        async def wait_for_ready(self, timeout=None):
+            "As its base does; but it goes on when the answer's last message is there, not after a fifth of a second without any."
+            until = time.monotonic() + (timeout or float('inf'))
+            while time.monotonic() < until:
+                asked = self.kernel_info()
+                mine = lambda m: m['parent_header'].get('msg_id') == asked
+                with contextlib.suppress(queue.Empty):
+                    while not mine(reply := await self.shell_channel.get_msg(timeout=1)): pass
+                    while not (mine(m := await self.iopub_channel.get_msg(timeout=0.2)) and m['content'].get('execution_state') == 'idle'): pass
+                    return self._handle_kernel_info_reply(reply)
+                if not await self.is_alive(): raise RuntimeError('Kernel died before replying to kernel_info')
+            raise RuntimeError(f"Kernel didn't respond in {timeout} seconds")
     class ForkedKernelManager(AsyncKernelManager):
+        client_factory = Type(klass='jupyter_client.KernelClient', default_value=Client)
         async def _async_pre_start_kernel(self, **kw):
             self.kernel_id = self.kernel_id or kw.pop('kernel_id', None) or os.urandom(8).hex()
             if self.provisioner is None and 'kernel_provisioner' not in self.kernel_spec.metadata: self.provisioner = provisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
             return await super()._async_pre_start_kernel(**kw)
+        async def _async_interrupt_kernel(self):
+            if not self.shutting_down: await super()._async_interrupt_kernel()   # an idle kernel would log it as an error
     return ForkedKernelManager
 
 # %% ../nbs/64_kernels.ipynb #537b5c0e
@@ -240,6 +257,8 @@ def engine() -> str:
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
     from papermill.log import logger
+    quiet = logging.getLogger('edgenb.kernels')
+    quiet.propagate = False; quiet.addHandler(logging.NullHandler())
     class Client(PapermillNotebookClient):
         process = stop = None
         def start_new_kernel(self, **kw):
@@ -249,9 +268,9 @@ def engine() -> str:
     class KernelEngine(NBClientEngine):
         "papermill's own, with forked kernels, a time limit for the run, and words for a kernel that died."
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, zygote=None, stop=None, kernel_cwd=None, input_path=None, **kw):
+        def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, zygote=None, stop=None, kernel_cwd=None, input_path=None, log_output=False, **kw):
             at = []
-            client = Client(nb_man, kernel_manager_class=_manager(zygote), kernel_name=kernel_name, startup_timeout=start_timeout, log=logger, on_cell_execute=lambda cell, cell_index: at.append(cell_index), **kw)
+            client = Client(nb_man, kernel_manager_class=_manager(zygote), kernel_name=kernel_name, startup_timeout=start_timeout, log_output=log_output, log=logger if log_output else quiet, on_cell_execute=lambda cell, cell_index: at.append(cell_index), **kw)
             with (stop or Stop()) as client.stop:
                 try: return client.execute(cwd=kernel_cwd or os.getcwd())
                 except (DeadKernelError, RuntimeError) as e:

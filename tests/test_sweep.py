@@ -76,7 +76,7 @@ def test_a_failed_run_stops_no_other_and_is_tried_again(workspace):
 def test_changed_data_or_code_is_another_sweep(workspace):
     notebook(workspace/'reads.ipynb', 'open(source).read()', choices="output_dir: str = ''\nsource: str = ''\nn: int = 0")
     (workspace/'data.txt').write_text('a')
-    plan = lambda: (__import__('edgenb.sweep').sweep._stamp.cache_clear(), plan_sweep('reads.ipynb', {'n': [1]}, common={'source': 'data.txt'}).names)[1]
+    plan = lambda: plan_sweep('reads.ipynb', {'n': [1]}, common={'source': 'data.txt'}).names
     before = plan()
     assert plan() == before
     (workspace/'data.txt').write_text('bb')
@@ -159,15 +159,15 @@ def test_a_worker_that_is_killed_costs_no_run(workspace, cluster):
 
 
 def test_results_of_workers_without_a_common_disk_arrive_by_digest(workspace, cluster, tmp_path_factory):
+    import distributed
     from edgenb import executors
     notebook(workspace/'far.ipynb', "open(f'{output_dir}/n.bin', 'wb').write(bytes(range(256))*n)")
     elsewhere = tmp_path_factory.mktemp('elsewhere')
     def not_shared():
-        import tempfile, edgenb.executors as e
+        import tempfile
         tempfile.tempdir = str(elsewhere)
-        e.BLOCK = 100
-        real = e.work
-    with __import__('distributed').Client(cluster, set_as_default=False) as client:
+        executors.BLOCK = 100
+    with distributed.Client(cluster, set_as_default=False) as client:
         client.run(not_shared)
         job = executors.Job(workspace/'far.ipynb', {'n': 3}, workspace/'runs'/'far'/'point-x')
         fields = {k: str(v) if isinstance(v, Path) else v for k, v in vars(job).items()}
