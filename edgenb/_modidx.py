@@ -452,6 +452,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'edgenb.executors.halt': ('executors.html#halt', 'edgenb/executors.py'),
                                   'edgenb.executors.local': ('executors.html#local', 'edgenb/executors.py'),
                                   'edgenb.executors.receive': ('executors.html#receive', 'edgenb/executors.py'),
+                                  'edgenb.executors.sees': ('executors.html#sees', 'edgenb/executors.py'),
                                   'edgenb.executors.work': ('executors.html#work', 'edgenb/executors.py')},
             'edgenb.gas': { 'edgenb.gas._flat': ('gas.html#_flat', 'edgenb/gas.py'),
                             'edgenb.gas._inside': ('gas.html#_inside', 'edgenb/gas.py'),

@@ -129,6 +129,7 @@ def plan_sweep(name: str,             # of a recipe, or the path of a notebook
                common: dict = {},     # for all runs
                runs: Path | None = None) -> Plan:
     "Every run that is to be done; nothing is made or started."
+    _stamp.cache_clear(); _code.cache_clear()   # a caller that lives on may have changed both
     notebook = recipe(name).absolute()
     known = parameters(notebook)
     for n in (*axes, *common, *(n for p in points for n in p)):
@@ -181,8 +182,10 @@ class Search:
     def _point(self, chosen): return {n: s[chosen[n]] if isinstance(s, list) else chosen[n] for n, s in self.space.items()}
 
     def _study(self, number):
-        import optuna
-        sampler = optuna.samplers.TPESampler(seed=int(digest_of([self.seed, number])[:7], 16), constant_liar=True)
+        import optuna, warnings
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(seed=int(digest_of([self.seed, number])[:7], 16), constant_liar=True)
         study = optuna.create_study(direction='maximize' if self.maximize else 'minimize', sampler=sampler)
         for n, chosen in enumerate(self.asked[:number]):
             value = self.results.get(n)
@@ -270,6 +273,7 @@ def search_sweep(name: str, axes: dict, common: dict, trials: int, goal: str, ma
     "Search for the point with the best `goal`; the same call goes on where it was."
     from edgenb.executors import Job
     check_goal(goal)
+    _stamp.cache_clear(); _code.cache_clear()
     notebook, started = recipe(name).absolute(), time.perf_counter()
     known = parameters(notebook)
     if not axes: raise EdgenbError('a search needs something to choose: -g name=value,value or -g name=low..high')
