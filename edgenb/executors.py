@@ -60,11 +60,11 @@ def _alone(path, stop):
 # %% ../nbs/65_executors.ipynb #d6889334
 def local(jobs, workers: int = 1):
     "On this machine, in forked kernels where that is possible."
-    from edgenb.kernels import Stop, Zygote, can_fork, engine, preload
+    from edgenb.kernels import Stop, Zygote, can_fork, engine
     source, running, stops = iter(jobs), {}, {}
     first = next(source, None)
     if first is None: return
-    with Zygote(preload(first.notebook)) if can_fork() else contextlib.nullcontext() as zygote, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with Zygote(notebook=first.notebook) if can_fork() else contextlib.nullcontext() as zygote, concurrent.futures.ThreadPoolExecutor(workers) as pool:
         engine()   # papermill, imported once
         waiting = first
         try:
@@ -93,11 +93,11 @@ _RUNNING: dict = {}   # of this worker: sweep -> what ends its runs
 _ONCE = threading.Lock()
 
 def _zygote(notebook):
-    from edgenb.kernels import Zygote, can_fork, preload
+    from edgenb.kernels import Zygote, can_fork
     if not can_fork(): return None
     with _ONCE:
         key = digest(notebook)
-        if (z := _ZYGOTES.get(key)) is None or z.process.poll() is not None: z = _ZYGOTES[key] = Zygote(preload(notebook))
+        if (z := _ZYGOTES.get(key)) is None or z.process.poll() is not None: z = _ZYGOTES[key] = Zygote(notebook=notebook)
         return z
 
 def _own_folder():

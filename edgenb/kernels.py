@@ -28,7 +28,8 @@ def preload(notebook: str | Path   # path of a notebook
         if (name := todo.pop()) in seen: continue
         seen.add(name)
         if name.split('.')[0] == 'edgenb' and (found := _source(name)): todo += found[2]
-    return [*(h for h in HARMLESS if h in seen), *(m for m in own if _source(m))]
+    tops = seen | {s.split('.')[0] for s in seen}
+    return [*(h for h in HARMLESS if h in tops), *(m for m in own if _source(m))]
 
 # %% ../nbs/64_kernels.ipynb #73e76987
 @contextlib.contextmanager
@@ -59,12 +60,13 @@ def _become_kernel(request, zygote):
     if 'numpy' in sys.modules: sys.modules['numpy'].random.seed()   # `random` does it by itself; torch starts from a constant seed as in a new process
     sys.argv = ['ipykernel_launcher', *request['argv']]
 
-def serve(fd: int, modules: list) -> None:   # returns only in a forked child
+def serve(fd: int, modules: list, notebook: str | None) -> None:   # returns only in a forked child
     "The zygote's life: import, then fork on request. To be called in a process of its own, with a socket."
     me, connection = os.getpid(), socket.socket(fileno=fd)
     os.environ.setdefault('MPLBACKEND', 'module://matplotlib_inline.backend_inline')   # as a kernel does, before matplotlib is imported
     os.environ['JPY_PARENT_PID'] = str(me)                                             # read when ipykernel is imported
     for name in KERNEL: importlib.import_module(name)
+    if notebook: modules = [*modules, *preload(notebook)]   # here, because what it reads of edgenb's source is remembered, and every run needs it again for its rooms' keys
     with _passing_for_a_kernel():
         for name in modules:
             with contextlib.suppress(Exception): importlib.import_module(name)         # missing or broken: the notebook will say so
@@ -114,12 +116,12 @@ class Forked:
     def terminate(self): self.send_signal(signal.SIGTERM)
 
 class Zygote:
-    "A process that forks kernels which have already imported `modules`; use it as a context."
-    def __init__(self, modules: list = ()):
+    "A process that forks kernels which have already imported `modules`, and what `notebook` may import; use it as a context."
+    def __init__(self, modules: list = (), notebook: str | Path | None = None):
         if not can_fork(): raise EdgenbError('kernels can be forked on Linux only')
         self._socket, theirs = socket.socketpair()
         root = str(Path(sys.modules['edgenb'].__file__).parents[1])
-        code = f'import sys; sys.path.remove(""); sys.path.append({root!r}); from edgenb.kernels import run, serve; sys.path.pop(); serve({theirs.fileno()}, {list(modules)!r}); run()'
+        code = f'import sys; sys.path.remove(""); sys.path.append({root!r}); from edgenb.kernels import run, serve; sys.path.pop(); serve({theirs.fileno()}, {list(modules)!r}, {notebook and str(notebook)!r}); run()'
         self.process = subprocess.Popen([sys.executable, '-c', code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
         theirs.close()
         self.threads, self._children, self._asked, self._lock, self._told, self._open = None, {}, 0, threading.Lock(), threading.Condition(), True
