@@ -73,7 +73,8 @@ def serve(fd: int, modules: list, notebook: str | None) -> None:   # returns onl
     note_loaded('edgenb')
     import gc; gc.collect(); gc.freeze()   # pages that stay as they are stay shared
     children, buffer = set(), b''
-    def tell(**message): connection.sendall(json.dumps(message).encode() + b'\n')
+    def tell(**message):
+        with contextlib.suppress(OSError): connection.sendall(json.dumps(message).encode() + b'\n')   # nobody listens any more: the loop below will see it
     tell(ready=threading.active_count())
     while True:
         readable, _, _ = select.select([connection], [], [], 0.02 if children else None)
@@ -203,7 +204,10 @@ def _manager(zygote):
     from jupyter_client import AsyncKernelClient, AsyncKernelManager
     from jupyter_client.provisioning import LocalProvisioner
     from traitlets import Type
-    if zygote is None: return AsyncKernelManager
+    class Manager(AsyncKernelManager):
+        async def _async_interrupt_kernel(self):
+            if not self.shutting_down: await super()._async_interrupt_kernel()   # an idle kernel would log it as an error
+    if zygote is None: return Manager
     provisioner = _provisioner(LocalProvisioner, zygote)
     class Client(AsyncKernelClient):
         async def wait_for_ready(self, timeout=None):
@@ -218,14 +222,12 @@ def _manager(zygote):
                     return self._handle_kernel_info_reply(reply)
                 if not await self.is_alive(): raise RuntimeError('Kernel died before replying to kernel_info')
             raise RuntimeError(f"Kernel didn't respond in {timeout} seconds")
-    class ForkedKernelManager(AsyncKernelManager):
+    class ForkedKernelManager(Manager):
         client_factory = Type(klass='jupyter_client.KernelClient', default_value=Client)
         async def _async_pre_start_kernel(self, **kw):
             self.kernel_id = self.kernel_id or kw.pop('kernel_id', None) or os.urandom(8).hex()
             if self.provisioner is None and 'kernel_provisioner' not in self.kernel_spec.metadata: self.provisioner = provisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
             return await super()._async_pre_start_kernel(**kw)
-        async def _async_interrupt_kernel(self):
-            if not self.shutting_down: await super()._async_interrupt_kernel()   # an idle kernel would log it as an error
     return ForkedKernelManager
 
 # %% ../nbs/64_kernels.ipynb #537b5c0e

@@ -98,10 +98,11 @@ class Plan:
     @property
     def path(self) -> Path: return self.folder/'.sweeps'/f'{self.id}.json'
 
-@functools.lru_cache(maxsize=1)
-def _code():
+@functools.lru_cache(maxsize=8)
+def _code(notebook):
+    "Digest of the code of a recipe and of edgenb."
     from edgenb.executors import code_of_edgenb
-    return code_of_edgenb()
+    return digest_of([code_of_edgenb(), [''.join(c['source']) for c in read_notebook(notebook)['cells'] if c['cell_type'] == 'code']])
 
 @functools.lru_cache(maxsize=4096)
 def _stamp(path: str, runs: str):
@@ -119,9 +120,8 @@ def _stamps(value, runs):
 
 def point_name(notebook: Path, known: dict, values: dict, folder: Path) -> str:
     "Of the folder of a run."
-    cells = [[c['cell_type'], ''.join(c['source'])] for c in read_notebook(notebook)['cells'] if c['cell_type'] == 'code']
     asked = {n: values.get(n, p.default) for n, p in known.items() if n != 'output_dir'}
-    return 'point-' + digest_of([notebook.stem, cells, _code(), asked, {n: s for n, v in asked.items() if (s := _stamps(v, str(folder)))}])[:12]
+    return 'point-' + digest_of([notebook.stem, _code(notebook), asked, {n: s for n, v in asked.items() if (s := _stamps(v, str(folder)))}])[:12]
 
 def plan_sweep(name: str,             # of a recipe, or the path of a notebook
                axes: dict = {},       # name -> list of values
