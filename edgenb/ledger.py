@@ -144,8 +144,8 @@ def as_page(rows: list, columns: list | None = None, title: str = 'Runs') -> str
     from plotly.offline import get_plotlyjs
     flats = [flat(r) for r in rows]
     varied = [n for n in dict.fromkeys(k for r in rows for k in r.get('parameters', {})) if len({json.dumps(r.get('parameters', {}).get(n)) for r in rows}) > 1 and n not in COLUMNS]
-    columns = list(columns) if columns else [*COLUMNS[:2], *varied, *COLUMNS[2:]]
-    flats = with_columns(rows, columns) if columns else flats
+    if columns: flats = with_columns(rows, columns)
+    else: columns = [*COLUMNS[:2], *varied, *COLUMNS[2:]]
     columns = [c for c in columns if any(f.get(c) not in (None, '', []) for f in flats)]
     def cell(f, c):
         v = _cell(f.get(c))

@@ -62,16 +62,16 @@ def test_a_key_that_is_there_twice_in_yaml_is_refused(tmp_path):
 
 def test_a_notebook_that_never_ends_is_ended_with_everything_it_started(tmp_path):
     notebook(tmp_path/'endless.ipynb', 'import subprocess, time', f"p = subprocess.Popen(['sleep', '1234']); print(open({str(tmp_path/'pid')!r}, 'w').write(str(p.pid)))", 'while True: time.sleep(1)')
-    refused(call('run', 'endless.ipynb', '--timeout', '5', '--no-progress', cwd=tmp_path), 'did not end within 5 s (cell [4])')
+    refused(call('run', 'endless.ipynb', '--timeout', '5', '--no-progress', cwd=tmp_path), 'did not end within 5 s (cell [5])')
     record = record_of(next((tmp_path/'runs'/'endless').glob('2*')))
-    assert record['status'] == 'failed' and record['cell'] == 4
+    assert record['status'] == 'failed' and record['cell'] == 5
     pid = int((tmp_path/'pid').read_text())
     assert not Path(f'/proc/{pid}').exists() or 'Z' in Path(f'/proc/{pid}/stat').read_text().split()[2]
 
 
 def test_a_kernel_that_dies_is_told_with_its_cell_and_keeps_the_notebook(tmp_path):
     notebook(tmp_path/'dies.ipynb', 'print("before")', 'import os, signal; os.kill(os.getpid(), signal.SIGSEGV)')
-    with pytest.raises(EdgenbError, match=r'killed by SIGSEGV.*cell \[3\]'): run_recipe(str(tmp_path/'dies.ipynb'), {'output_dir': str(tmp_path/'run')}, progress=False)
+    with pytest.raises(EdgenbError, match=r'killed by SIGSEGV.*cell \[4\]'): run_recipe(str(tmp_path/'dies.ipynb'), {'output_dir': str(tmp_path/'run')}, progress=False)
     assert 'before\n' in said(tmp_path/'run'/'dies.ipynb') and 'SIGSEGV' in summary(Run(tmp_path/'run'))['reason']
 
 
