@@ -191,9 +191,9 @@ def _into_mlflow(client, rows):
             found = client.get_experiment_by_name(name)
             experiments[name] = found.experiment_id if found else client.create_experiment(name)
         tag = f"{row['recipe']}/{row['run']}" + (f"/{row['artifact']}" if 'chosen' in row else '')
-        there = client.search_runs([experiments[name]], f"tags.`edgenb.run` = '{tag}'", max_results=1)
+        there = client.search_runs([experiments[name]], f"tags.`edgenb.id` = '{tag}'", max_results=1)
         if there: run, updated = there[0], updated + 1
-        else: run, new = client.create_run(experiments[name], tags={'edgenb.run': tag}, run_name=tag.split('/', 1)[1]), new + 1
+        else: run, new = client.create_run(experiments[name], tags={'edgenb.id': tag}, run_name=tag.split('/', 1)[1]), new + 1
         done = run.data.params if there else {}
         for k, v in row.get('parameters', {}).items():
             if done.get(k) != str(_cell(v)): client.log_param(run.info.run_id, k, str(_cell(v))[:6000])

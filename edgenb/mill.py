@@ -247,7 +247,7 @@ def summary(run: Run) -> dict:
             if chosen: row |= {k: chosen[k] for k in ('metric', 'value', 'low', 'high', 'delta', 'p95_ms', 'size_mb', 'verdict')}
         if 'ship' in cards: row |= {'bundle': str(run.path/next(p for p in cards['ship'].wrote if p.endswith('manifest.json')).rsplit('/', 1)[0]), 'digest': cards['ship'].result['digest']}
     except (KeyError, TypeError, StopIteration) as e:
-        version = next(iter(cards.values())).edgenb
+        version = cards['verify' if 'verify' in cards else 'ship'].edgenb
         row['reason'] = f'its cards are of edgenb {version} and lack {e}: run it again to compare it' if isinstance(e, KeyError) else f'its cards are of edgenb {version} and read otherwise: run it again to compare it'
     return row
 

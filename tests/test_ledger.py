@@ -64,6 +64,6 @@ def test_mlflow_gets_each_run_once(runs, tmp_path):
     assert to_mlflow(rows, str(tmp_path/'ml')) == (3, 0) and to_mlflow(rows, str(tmp_path/'ml')) == (0, 3)
     from mlflow import MlflowClient
     client = MlflowClient((tmp_path/'ml').as_uri())
-    found = {r.data.tags['edgenb.run']: r for r in client.search_runs([client.get_experiment_by_name('toy').experiment_id])}
+    found = {r.data.tags['edgenb.id']: r for r in client.search_runs([client.get_experiment_by_name('toy').experiment_id])}
     assert set(found) == {'toy/r0', 'toy/r1', 'toy/r2'} and found['toy/r1'].data.params['prune'] == '0.3' and found['toy/r2'].info.status == 'FAILED'
     assert found['toy/r0'].data.metrics['value'] == summary(Run(runs/'toy'/'r0'))['value'] and found['toy/r0'].data.tags['edgenb.data'] == 'synthetic'
