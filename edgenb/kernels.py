@@ -12,7 +12,7 @@ from .core import EdgenbError, _imported, _source, note_loaded
 
 # %% ../nbs/64_kernels.ipynb #b3792ed7
 HARMLESS = ('ipywidgets', 'matplotlib', 'numpy', 'onnxruntime', 'pandas', 'PIL', 'plotly', 'plotly.graph_objects', 'safetensors', 'scipy', 'sklearn', 'tokenizers', 'torch', 'transformers', 'yaml')   # importing them starts no thread that is needed later, and opens no device
-KERNEL = ('ipykernel.kernelapp', 'ipykernel.ipkernel', 'ipykernel.zmqshell', 'IPython.core.completer', 'IPython.core.historyapp', 'tqdm.auto')
+KERNEL = ('ipykernel.kernelapp', 'ipykernel.debugger', 'ipykernel.ipkernel', 'ipykernel.zmqshell', 'IPython.core.completerlib', 'IPython.core.debugger', 'IPython.core.historyapp', 'IPython.core.logger', 'IPython.core.oinspect', 'IPython.extensions.storemagic', 'tqdm.auto')   # what a kernel imports before its first cell
 
 def preload(notebook: str | Path   # path of a notebook
            ) -> list:              # of module names
@@ -65,6 +65,7 @@ def serve(fd: int, modules: list, notebook: str | None) -> None:   # returns onl
     me, connection = os.getpid(), socket.socket(fileno=fd)
     os.environ.setdefault('MPLBACKEND', 'module://matplotlib_inline.backend_inline')   # as a kernel does, before matplotlib is imported
     os.environ['JPY_PARENT_PID'] = str(me)                                             # read when ipykernel is imported
+    os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')                       # the debugger's remark on frozen modules would come from here, once a sweep
     for name in KERNEL: importlib.import_module(name)
     if notebook: modules = [*modules, *preload(notebook)]   # here, because what it reads of edgenb's source is remembered, and every run needs it again for its rooms' keys
     with _passing_for_a_kernel():
