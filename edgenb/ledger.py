@@ -127,11 +127,11 @@ def pareto_figure(rows: list,        # of one metric
 # %% ../nbs/66_ledger.ipynb #8fd5debe
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
 <style>:root{{color-scheme:light dark}}body{{font:15px/1.5 system-ui,sans-serif;margin:1.5rem auto;max-width:1200px;padding:0 1rem}}.scroll{{overflow-x:auto}}table{{border-collapse:collapse;font-variant-numeric:tabular-nums}}
-th,td{{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #8884;white-space:nowrap}}td.n{{text-align:right}}td.reason{{white-space:normal;min-width:18rem}}th button{{all:unset;cursor:pointer;font-weight:600}}th button:focus-visible{{outline:2px solid}}
+th,td{{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #8884;white-space:nowrap}}td.n{{text-align:right}}caption{{text-align:left}}td.reason{{white-space:normal;min-width:18rem}}th button{{all:unset;cursor:pointer;font-weight:600}}th button:focus-visible{{outline:2px solid}}
 th[aria-sort=ascending] button::after{{content:" ▲"}}th[aria-sort=descending] button::after{{content:" ▼"}}.warn{{border-left:4px solid goldenrod;padding:.4rem .8rem;background:#fc03}}.plot{{background:#fff}}</style></head><body>
 <h1>{title}</h1><p>{lead}</p>{warn}{plots}<div class="scroll"><table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 <script>{plotly}</script><script>
-for (const [id, figure] of Object.entries({figures})) Plotly.newPlot(id, figure.data, figure.layout, {{responsive: true, displaylogo: false}});
+for (const [id, figure] of Object.entries({figures})) Plotly.newPlot(id, figure.data, figure.layout, {{responsive: true, displayModeBar: false}});
 document.querySelectorAll('th button').forEach((b, n) => b.addEventListener('click', () => {{
   const th = b.parentElement, up = th.getAttribute('aria-sort') !== 'ascending', body = document.querySelector('tbody');
   document.querySelectorAll('th').forEach(t => t.removeAttribute('aria-sort')); th.setAttribute('aria-sort', up ? 'ascending' : 'descending');

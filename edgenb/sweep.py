@@ -271,7 +271,7 @@ def search_sweep(name: str, axes: dict, common: dict, trials: int, goal: str, ma
                  workers: int | None = None, timeout: float | None = None, where: str = 'local', options: dict = {}, dry_run: bool = False,
                  said=lambda line: print(line, file=sys.stderr, flush=True)) -> Swept:
     "Search for the point with the best `goal`; the same call goes on where it was."
-    from edgenb.executors import Job
+    from edgenb.executors import Job, finished
     check_goal(goal)
     _stamp.cache_clear(); _code.cache_clear()
     notebook, started = recipe(name).absolute(), time.perf_counter()
@@ -297,7 +297,8 @@ def search_sweep(name: str, axes: dict, common: dict, trials: int, goal: str, ma
         for number in range(trials):
             j = job(number)
             trial_of.setdefault(j.folder.name, []).append(number)
-            if j.folder.name in records: found.tell(number, _value(j.folder, goal) if records[j.folder.name]['status'] == 'done' else None)   # proposed before: its result is known
+            if finished(j.folder): records.setdefault(j.folder.name, record_of(j.folder) | {'skipped': True})
+            if j.folder.name in records: found.tell(number, _value(j.folder, goal) if records[j.folder.name]['status'] == 'done' else None)   # its result is known
             elif len(trial_of[j.folder.name]) == 1: yield j
     shape = Plan(notebook, folder, (), (), tuple(axes))
     for j, record in _go(jobs(), shape, workers or default_workers(known), where, options, said, trials):
