@@ -70,11 +70,12 @@ def sweep(args):
         precisions, prunes = ['fp32', 'fp16', 'int8'], [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
         points = [(p, q) for p in precisions for q in prunes][:args.runs]
         (folder/'points.yaml').write_text(json.dumps([{'precisions': [p], 'prune': q} for p, q in points]))
+        before = cpu()
         seconds, done = timed(BIN/'edgenb', 'sweep', 'wafer', '-f', 'points.yaml', *common, '--json', *(['--workers', args.workers] if args.workers else []), cwd=folder, check=False)
-        told = json.loads(done.stdout.splitlines()[-1])
+        told, ours = json.loads(done.stdout.splitlines()[-1]), cpu() - before
         computed = collections.Counter(json.loads(p.read_text())['room'] for run in (folder/'runs'/'wafer').glob('point-*') for p in run.glob('0?-*.json') if f"{p.name[:-5]}: done in" in (run/'wafer.ipynb').read_text())
-        print(f"edgenb sweep: {told['done']} of {len(points)} done, {told['failed']} failed, {seconds:.1f} s; rooms computed: {dict(computed)}; load {load()}", flush=True)
-        alone = []
+        print(f"edgenb sweep: {told['done']} of {len(points)} done, {told['failed']} failed, {seconds:.1f} s ({ours:.0f} s of the processor); rooms computed: {dict(computed)}; load {load()}", flush=True)
+        alone, before = [], cpu()
         for n, (p, q) in list(enumerate(points))[::max(1, len(points)//args.papermill)][:args.papermill]:
             out = folder/'papermill'/str(n)/'run'   # no .rooms beside it: nothing is shared
             out.mkdir(parents=True)
@@ -82,8 +83,8 @@ def sweep(args):
             s, ended = timed(BIN/'papermill', ROOT/'nbs'/'recipes'/'wafer.ipynb', out/'wafer.ipynb', *given, '--no-progress-bar', cwd=folder, check=False)
             alone.append(s)
             print(f'papermill {p} {q}: {s:.1f} s{"" if ended.returncode == 0 else " FAILED"}', flush=True)
-        whole = sum(alone)/len(alone)*len(points)
-        print(f"papermill, run by run: {sum(alone)/len(alone):.1f} s a run over {len(alone)} runs" + (f', {whole:.0f} s for {len(points)} (multiplied, not measured)' if len(alone) < len(points) else f', {whole:.0f} s in all') + f'; ratio {whole/seconds:.1f}; load {load()}')
+        whole, theirs = sum(alone)/len(alone)*len(points), (cpu() - before)/len(alone)*len(points)
+        print(f"papermill, run by run: {sum(alone)/len(alone):.1f} s a run over {len(alone)} runs" + (f', {whole:.0f} s for {len(points)} (multiplied, not measured)' if len(alone) < len(points) else f', {whole:.0f} s in all') + f'; ratio {whole/seconds:.1f} (of processor time {theirs/ours:.1f}); load {load()}')
 
 
 ROOMS = '''import os, time
