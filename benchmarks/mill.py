@@ -123,7 +123,7 @@ def resume(args):
         time.sleep(1.5)
         left = [p for p in Path('/proc').glob('[0-9]*/environ') if str(folder).encode() in _read(p)]
         print(f"{kills} kills, {told['done']} of {args.n} runs done, {told['failed']} failed; finished runs that were done again: {redone}; rooms computed {sum(counts.values())} times for {len(counts)} (at least {args.n + 2}), "
-              f"twice: {({k: v for k, v in counts.items() if v > 1})}; processes left: {len(left)}; load {load()}")
+              f"twice: {({k: v for k, v in counts.items() if v > 1})}; finished at the kills: {[len(f) for f in finished_at_kill]}; processes left: {len(left)}; load {load()}")
 
 
 def _read(path):

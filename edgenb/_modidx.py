@@ -1479,6 +1479,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'edgenb.sweep.Swept': ('sweep.html#swept', 'edgenb/sweep.py'),
                               'edgenb.sweep.Swept.before': ('sweep.html#swept.before', 'edgenb/sweep.py'),
                               'edgenb.sweep.Swept.failed': ('sweep.html#swept.failed', 'edgenb/sweep.py'),
+                              'edgenb.sweep._aloud': ('sweep.html#_aloud', 'edgenb/sweep.py'),
                               'edgenb.sweep._code': ('sweep.html#_code', 'edgenb/sweep.py'),
                               'edgenb.sweep._go': ('sweep.html#_go', 'edgenb/sweep.py'),
                               'edgenb.sweep._span': ('sweep.html#_span', 'edgenb/sweep.py'),

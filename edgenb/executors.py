@@ -37,7 +37,7 @@ def do(job: Job, zygote=None, stop=None) -> dict:   # the record
         with file_errors(job.folder): (job.folder.parent/'.rooms').mkdir(parents=True, exist_ok=True); job.folder.mkdir(exist_ok=True)
         with _alone(job.folder/'.job.lock', stop):
             if finished(job.folder): return record_of(job.folder) | {'skipped': True}
-            return execute(job.notebook, job.values, Run(job.folder), stop=stop, zygote=zygote, cwd=job.cwd, by_digest=True)
+            return execute(job.notebook, job.values, Run(job.folder), stop=stop, zygote=zygote, cwd=job.cwd, by_digest=True, status=job.folder/'.status')
     except Exception as e: return failure(job, str(e) if isinstance(e, EdgenbError) else f'{type(e).__name__}: {e}')
 
 def failure(job: Job, why: str) -> dict:

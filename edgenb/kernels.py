@@ -273,11 +273,11 @@ def engine() -> str:
     class KernelEngine(NBClientEngine):
         "papermill's own, with forked kernels, a time limit for the run, and words for a kernel that died."
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, zygote=None, stop=None, kernel_cwd=None, input_path=None, log_output=False, **kw):
+        def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, zygote=None, stop=None, kernel_cwd=None, kernel_env=None, input_path=None, log_output=False, **kw):
             at = []
             client = Client(nb_man, kernel_manager_class=_manager(zygote), kernel_name=kernel_name, startup_timeout=start_timeout, log_output=log_output, log=logger if log_output else quiet, on_cell_execute=lambda cell, cell_index: at.append(cell_index), **kw)
             with (stop or Stop()) as client.stop:
-                try: return client.execute(cwd=kernel_cwd or os.getcwd())
+                try: return client.execute(cwd=kernel_cwd or os.getcwd(), env=os.environ | (kernel_env or {}))
                 except (DeadKernelError, RuntimeError) as e:
                     code = client.process.poll() if client.process else None
                     if code is None and not client.stop.why and not isinstance(e, DeadKernelError): raise

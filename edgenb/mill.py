@@ -182,6 +182,7 @@ def execute(path: Path,               # of a notebook
             zygote=None,              # a `kernels.Zygote` that forks its kernel
             cwd: str | None = None,   # the kernel's working directory; default: that of this process
             by_digest: bool = False,  # list the files it leaves in the record
+            status: Path | None = None, # a file that says, while it runs, how far the room at work is
             prepare_only: bool = False, progress: bool = False, log_output: bool = False) -> dict:   # the record
     "Run a notebook in a run's folder, and keep the record. A notebook that fails is a record too, not an error."
     known, out = parameters(path), run.path/f'{path.stem}.ipynb'
@@ -194,7 +195,8 @@ def execute(path: Path,               # of a notebook
     if not prepare_only: write_json(run.path/'job.json', record)
     started = time.perf_counter()
     with _Aloud() if progress else contextlib.nullcontext():
-        error, cell = _executed(path, out, values, stop=stop, zygote=zygote, kernel_cwd=cwd if cwd and os.path.isdir(cwd) else os.getcwd(), prepare_only=prepare_only, progress_bar=progress, log_output=log_output)
+        error, cell = _executed(path, out, values, stop=stop, zygote=zygote, kernel_cwd=cwd if cwd and os.path.isdir(cwd) else os.getcwd(), kernel_env={'EDGENB_STATUS': str(status)} if status else {}, prepare_only=prepare_only, progress_bar=progress, log_output=log_output)
+    if status: status.unlink(missing_ok=True)
     if prepare_only: return record | {'status': 'prepared'}
     record |= {'status': 'failed' if error else 'done', 'seconds': round(time.perf_counter() - started, 3), 'error': error, 'cell': cell} | ({'wrote': manifest(run.path)} if by_digest and not error else {})
     write_json(run.path/'job.json', record)

@@ -8,7 +8,7 @@ __all__ = ['MOST_RUNS', 'NUMBERS', 'Span', 'axis', 'read_sweep', 'asked_for', 'P
            'sweep_rows', 'sweep_table']
 
 # %% ../nbs/63_sweep.ipynb #1f3a35e2
-import contextlib, functools, itertools, json, math, os, re, sys, time
+import contextlib, functools, itertools, json, math, os, re, sys, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 import edgenb
@@ -240,10 +240,24 @@ class Swept:
     @property
     def before(self) -> int: return sum(bool(r.get('skipped')) for r in self.records)
 
+@contextlib.contextmanager
+def _aloud(folder, said, every=30):
+    "Meanwhile say, twice a minute, how far the runs under a folder are, as far as they see the same disk."
+    over = threading.Event()
+    def speak():
+        while not over.wait(every):
+            for path in sorted(folder.glob('point-*/.status')):
+                with contextlib.suppress(OSError):
+                    if text := path.read_text(encoding='utf-8', errors='replace').strip(): said(f'  {path.parent.name}  {text}')
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try: yield
+    finally: over.set(); thread.join()
+
 def _go(jobs, plan, workers, where, options, said, total):
     "Do jobs with an executor, saying how each ended; yields (job, record)."
     from edgenb.executors import executor
-    with contextlib.closing(executor(where)(jobs, workers, **options)) as ends:
+    with _aloud(plan.folder, said), contextlib.closing(executor(where)(jobs, workers, **options)) as ends:
         for n, (job, record) in enumerate(ends, 1):
             how = f"failed: {told(record)}" if record['status'] != 'done' else 'finished before' if record.get('skipped') else f"done in {record['seconds']:.1f} s"
             said(f'{n}/{total} {job.folder.name}  {label(job.values, plan.varied)}  {how}')
