@@ -2,7 +2,7 @@
 
 Every notebook is executed, and the executed notebook is kept in `_book/` under a digest of all that could change it: a second build takes seconds, an
 interrupted one goes on. Recipes run at full size through `edgenb run`, whose rooms are skipped where a run has done the same; `--smoke` makes a quick
-book whose numbers mean nothing. A page that fails is shown with its error, and the build ends with exit code 1 and its name. docs/adr/0036 says why so.
+book whose numbers mean nothing. A page that fails is shown with its error, and the build ends with exit code 1 and its name. docs/adr/0023 says why so.
 """
 import argparse, ast, concurrent.futures, contextlib, datetime, functools, hashlib, importlib.metadata, importlib.util, json, os, platform, re, shutil, subprocess, sys, threading, time, tomllib
 from dataclasses import dataclass

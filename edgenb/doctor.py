@@ -18,6 +18,10 @@ PURPOSES = {   # extra -> what it adds, in the order in which somebody needs it;
     'tokenizers': 'bundles whose encoder reads notes',
     'lab': 'all eight rooms, for images and sensors; JupyterLab, batches',
     'text': 'beside lab: all eight rooms, for notes',
+    'search': 'beside lab: edgenb sweep --search',
+    'dask': 'beside lab: sweeps on a cluster, edgenb sweep --scheduler',
+    'mlflow': 'beside lab: edgenb compare --mlflow',
+    'docs': 'beside lab: build the book, make docs',
     'qlora': 'beside text: tune with a 4-bit base model'}
 
 def purpose(extra: str) -> str:

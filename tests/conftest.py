@@ -4,7 +4,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 
-FAST_FIRST = ['test_core', 'test_cli', 'test_device', 'test_measure', 'test_runtimes_openvino_litert', 'test_runtimes_other', 'test_gate', 'test_drift', 'test_notes', 'test_coder', 'test_llama', 'test_lm', 'test_gguf', 'test_deidentify', 'test_mentions', 'test_records', 'test_bad_input', 'test_notebooks', 'test_tune', 'test_lab', 'test_device_environment', 'test_recipes', 'test_browser']
+FAST_FIRST = ['test_core', 'test_cli', 'test_doctor', 'test_card', 'test_mill', 'test_sweep', 'test_ledger', 'test_device', 'test_measure', 'test_runtimes_openvino_litert', 'test_runtimes_other', 'test_gate', 'test_drift', 'test_notes', 'test_coder', 'test_llama', 'test_lm', 'test_gguf', 'test_deidentify', 'test_mentions', 'test_records', 'test_bad_input', 'test_notebooks', 'test_tune', 'test_lab', 'test_book', 'test_device_environment', 'test_recipes', 'test_browser']
 
 
 def pytest_collection_modifyitems(items): items.sort(key=lambda i: FAST_FIRST.index(i.path.stem) if i.path.stem in FAST_FIRST else 0)

@@ -1,0 +1,69 @@
+"The table of all runs: asked, drawn, exported; runs of other versions in it."
+import csv, io, json, re, shutil
+from pathlib import Path
+import pytest
+from edgenb.core import EdgenbError, Run, digest_of
+from edgenb.ledger import as_page, as_text, ask, front, pareto_figure, table, to_mlflow
+from edgenb.mill import summary
+from test_mill import call, notebook, refused
+
+
+@pytest.fixture
+def runs(toy_run, tmp_path):
+    "Two runs of a toy recipe with their records."
+    for n, prune in enumerate((0.0, 0.3)):
+        shutil.copytree(toy_run.path, tmp_path/'runs'/'toy'/f'r{n}')
+        (tmp_path/'runs'/'toy'/f'r{n}'/'job.json').write_text(json.dumps({'status': 'done', 'recipe': 'toy', 'values': {'prune': prune, 'precisions': ['fp32'], 'seed': n}, 'seconds': 1.0, 'error': None, 'cell': None}))
+    (tmp_path/'runs'/'toy'/'r2').mkdir()
+    (tmp_path/'runs'/'toy'/'r2'/'job.json').write_text(json.dumps({'status': 'failed', 'recipe': 'toy', 'values': {'prune': 0.9, 'precisions': ['fp32'], 'seed': 0}, 'seconds': 1.0, 'error': 'ValueError: too much', 'cell': 7}))
+    return tmp_path/'runs'
+
+
+def test_parameters_are_columns_that_can_be_asked(runs):
+    done = call('compare', runs, '--where', "prune > 0 and status = 'done'", '--columns', 'run,prune,verdict,tune.validation.epoch', cwd=runs)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() [:4] == ['run', 'prune', 'verdict', 'tune.validation.epoch'] and done.stdout.splitlines()[1].split()[:2] == ['r1', '0.3'] and len(done.stdout.splitlines()) == 2
+    assert 'ValueError: too much (cell [7])' in call('compare', runs, cwd=runs).stdout
+    assert [r['run'] for r in ask(table(runs), sort='prune desc')] == ['r2', 'r1', 'r0']
+    assert {r['artifact'] for r in table(runs, artifacts=True) if r['run'] == 'r0'} >= {'reference', 'onnxruntime-fp32'}
+
+
+@pytest.mark.parametrize('args, says', [(['--where', 'prun > 0'], 'Did you mean prune'), (['--where', 'prune >'], 'syntax error'), (['--columns', 'prun'], 'Did you mean prune'), (['--sort', 'valu'], 'Did you mean value'), (['--where', "1=1) or (select count(*) from '/etc/passwd') > 0 or (1=1"], 'where')])
+def test_a_question_that_makes_no_sense_is_one_line(runs, args, says): refused(call('compare', runs, *args, cwd=runs), says)
+
+
+def test_a_run_of_an_older_version_is_a_row_that_says_so(runs):
+    path = runs/'toy'/'r0'/'05-verify.json'
+    card = json.loads(path.read_text())
+    card.pop('seal'); card['result'].pop('budget'); card['edgenb'] = '0.0.1'
+    path.write_text(json.dumps(card | {'seal': digest_of(card)}))
+    sealed = runs/'toy'/'r1'/'02-tune.json'
+    old = {k: v for k, v in json.loads(sealed.read_text()).items() if k not in ('seal', 'environment')}
+    sealed.write_text(json.dumps(old))
+    done = call('compare', runs, cwd=runs)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 4 and "of edgenb 0.0.1 and lack 'budget'" in done.stdout and '02-tune.json is not a card' in done.stdout
+
+
+def test_the_page_asks_nobody_for_anything_and_says_what_is_synthetic(runs, tmp_path):
+    assert call('compare', runs, '--html', tmp_path/'page.html', '--csv', tmp_path/'rows.csv', cwd=runs).returncode == 0
+    page = (tmp_path/'page.html').read_text()
+    head = page.split('<script>')[0]
+    assert not re.search(r'(src|href)=', head) and 'synthetic' in head and 'ValueError: too much' in head and 'Plotly.newPlot' in page
+    rows = list(csv.DictReader(io.StringIO((tmp_path/'rows.csv').read_text())))
+    assert [r['prune'] for r in rows] == ['0.0', '0.3', '0.9'] and rows[2]['status'] == 'failed'
+
+
+def test_the_front_leaves_out_what_is_beaten():
+    rows = [{'value': v, 'p95_ms': p} for v, p in ((.9, 2), (.9, 1), (.8, .5), (.7, .6), (None, .1))]
+    assert [(r['value'], r['p95_ms']) for r in front(rows, 'p95_ms')] == [(.8, .5), (.9, 1)]
+
+
+def test_mlflow_gets_each_run_once(runs, tmp_path):
+    pytest.importorskip('mlflow')
+    rows = table(runs)
+    assert to_mlflow(rows, str(tmp_path/'ml')) == (3, 0) and to_mlflow(rows, str(tmp_path/'ml')) == (0, 3)
+    from mlflow import MlflowClient
+    client = MlflowClient((tmp_path/'ml').as_uri())
+    found = {r.data.tags['edgenb.id']: r for r in client.search_runs([client.get_experiment_by_name('toy').experiment_id])}
+    assert set(found) == {'toy/r0', 'toy/r1', 'toy/r2'} and found['toy/r1'].data.params['prune'] == '0.3' and found['toy/r2'].info.status == 'FAILED'
+    assert found['toy/r0'].data.metrics['value'] == summary(Run(runs/'toy'/'r0'))['value'] and found['toy/r0'].data.tags['edgenb.data'] == 'synthetic'

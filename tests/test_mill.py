@@ -1,0 +1,136 @@
+"Single runs as jobs, and the kernels they run in."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import nbformat
+import pytest
+from edgenb.core import EdgenbError, Run
+from edgenb.mill import parameters, recipes, record_of, run_recipe, summary
+
+root = Path(__file__).parents[1]
+edgenb = Path(sys.executable).parent/'edgenb'
+linux = pytest.mark.skipif(sys.platform != 'linux', reason='kernels are forked on Linux only')
+
+
+def notebook(path, *cells, choices="output_dir: str = ''\nn: int = 0"):
+    tagged = [nbformat.v4.new_code_cell(choices, metadata={'tags': ['parameters']})] if choices is not None else []
+    nbformat.write(nbformat.v4.new_notebook(cells=[*tagged, *map(nbformat.v4.new_code_cell, cells)], metadata={'kernelspec': {'name': 'python3', 'language': 'python', 'display_name': 'Python 3'}}), path)
+    return path
+
+
+def call(*args, cwd): return subprocess.run([edgenb, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+
+
+def refused(done, *says):
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and all(s in done.stderr for s in says), done.stderr
+
+
+def said(path): return [''.join(o.get('text', '')) for c in nbformat.read(path, 4).cells for o in c.get('outputs', [])]
+
+
+def test_parameters_are_read_as_papermill_reads_them():
+    import ast
+    from papermill.inspection import inspect_notebook
+    for path in recipes(root).values():
+        theirs = inspect_notebook(str(path))
+        assert {n: (p.type, p.default, p.help) for n, p in parameters(path).items()} == {n: (p['inferred_type_name'], ast.literal_eval(p['default']), p['help']) for n, p in theirs.items()}
+
+
+def test_a_typo_loads_no_heavy_library(tmp_path):
+    code = "import sys; from edgenb.cli import main; main(['sweep', 'wafer', '-g', 'sed=1,2']); print([m for m in ('papermill', 'nbformat', 'numpy', 'torch', 'jupyter_client', 'optuna') if m in sys.modules])"
+    done = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True)
+    assert 'Did you mean seed' in done.stderr and done.stdout.strip() == '[]'
+
+
+@pytest.mark.parametrize('command', ['run', 'sweep'])
+def test_a_recipe_without_a_parameters_cell_is_refused_before_anything_starts(tmp_path, command):
+    notebook(tmp_path/'bare.ipynb', '1', choices=None)
+    refused(call(command, tmp_path/'bare.ipynb', cwd=tmp_path), 'no cell tagged parameters')
+    assert not (tmp_path/'runs').exists()
+
+
+@pytest.mark.parametrize('choices, says', [('n: int = f(1)', 'not a plain value'), ('n: int = = 1', 'cannot be read')])
+def test_a_parameters_cell_that_cannot_be_read_is_refused(tmp_path, choices, says):
+    refused(call('run', notebook(tmp_path/'odd.ipynb', '1', choices=choices), cwd=tmp_path), says)
+
+
+def test_a_key_that_is_there_twice_in_yaml_is_refused(tmp_path):
+    notebook(tmp_path/'toy.ipynb', '1')
+    (tmp_path/'twice.yaml').write_text('n: 1\nn: 2\n')
+    refused(call('run', 'toy.ipynb', '-f', 'twice.yaml', cwd=tmp_path), 'twice.yaml: n is given twice, the second time in line 2')
+    refused(call('sweep', 'toy.ipynb', '-f', 'twice.yaml', cwd=tmp_path), 'n is given twice')
+
+
+def test_a_notebook_that_never_ends_is_ended_with_everything_it_started(tmp_path):
+    notebook(tmp_path/'endless.ipynb', 'import subprocess, time', f"p = subprocess.Popen(['sleep', '1234']); print(open({str(tmp_path/'pid')!r}, 'w').write(str(p.pid)))", 'while True: time.sleep(1)')
+    refused(call('run', 'endless.ipynb', '--timeout', '5', '--no-progress', cwd=tmp_path), 'did not end within 5 s (cell [5])')
+    record = record_of(next((tmp_path/'runs'/'endless').glob('2*')))
+    assert record['status'] == 'failed' and record['cell'] == 5
+    pid = int((tmp_path/'pid').read_text())
+    assert not Path(f'/proc/{pid}').exists() or 'Z' in Path(f'/proc/{pid}/stat').read_text().split()[2]
+
+
+def test_a_kernel_that_dies_is_told_with_its_cell_and_keeps_the_notebook(tmp_path):
+    notebook(tmp_path/'dies.ipynb', 'print("before")', 'import os, signal; os.kill(os.getpid(), signal.SIGSEGV)')
+    with pytest.raises(EdgenbError, match=r'killed by SIGSEGV.*cell \[4\]'): run_recipe(str(tmp_path/'dies.ipynb'), {'output_dir': str(tmp_path/'run')}, progress=False)
+    assert 'before\n' in said(tmp_path/'run'/'dies.ipynb') and 'SIGSEGV' in summary(Run(tmp_path/'run'))['reason']
+
+
+@pytest.fixture(scope='module')
+def zygote():
+    from edgenb.kernels import Zygote
+    with Zygote(['numpy', 'pandas', 'plotly.graph_objects', 'matplotlib', 'torch']) as z: yield z
+
+
+def through(path, zygote=None, **kw):
+    from edgenb.kernels import engine
+    from papermill import execute_notebook
+    out = path.with_name('out.ipynb')
+    execute_notebook(str(path), str(out), engine_name=engine(), progress_bar=False, zygote=zygote, **kw)
+    return said(out)
+
+
+@linux
+def test_what_a_run_changes_does_not_reach_the_next(tmp_path, zygote):
+    change = notebook(tmp_path/'change.ipynb', '''import os, random, sys, threading, time
+import numpy, torch
+os.environ['LEFT'] = '1'; os.chdir('/'); numpy.left = 1; sys.modules['left'] = sys; sys.path.insert(0, '/left')
+random.seed(1); numpy.random.seed(1); torch.manual_seed(1); torch.set_num_threads(1); torch.rand(500, 500) @ torch.rand(500, 500)
+threading.Thread(target=time.sleep, args=(1000,), daemon=True, name='left').start()
+print(os.getppid())''')
+    look = notebook(tmp_path/'look.ipynb', '''import os, random, sys, threading
+import numpy, torch
+print('LEFT' in os.environ, os.getcwd() == '/', hasattr(numpy, 'left'), 'left' in sys.modules, '/left' in sys.path, any(t.name == 'left' for t in threading.enumerate()), torch.initial_seed() == 1)
+print(random.random(), numpy.random.rand())''')
+    assert through(change, zygote)[-1].strip() == str(zygote.process.pid) and zygote.threads == 1
+    first, second = (through(look, zygote)[-1].splitlines() for _ in range(2))
+    assert first[0] == second[0] == ' '.join(['False']*7) and first[1] != second[1]     # and no two runs draw the same numbers
+
+
+@linux
+def test_a_forked_kernel_is_what_an_ordinary_one_is(tmp_path, zygote):
+    probe = notebook(tmp_path/'probe.ipynb', '''import os, sys, threading
+import matplotlib, numpy, pandas, plotly.io, torch, tqdm.auto
+strip = lambda e: {k: v for k, v in e.items() if k not in ('JPY_PARENT_PID', 'JPY_SESSION_NAME', 'GOMP_SPINCOUNT')}
+print(plotly.io.renderers.default, tqdm.auto.tqdm.__mro__[1].__module__, matplotlib.get_backend(), pandas.options.display.max_columns, sys.path, __name__, sorted(strip(os.environ).items()), os.getcwd(), os.getsid(0) == os.getpid(), get_ipython().__class__.__name__, torch.get_num_threads())
+''')
+    assert through(probe, zygote) == through(probe)
+
+
+@linux
+def test_torch_and_blas_compute_in_parallel_after_a_fork(tmp_path, zygote):
+    work = notebook(tmp_path/'work.ipynb', "import numpy as np, torch\ntorch.set_num_threads(2)\na = torch.ones(600, 600)\nprint(float((a @ a).sum()) == 600**3, (np.ones((600, 600)) @ np.ones((600, 600))).sum() == 600**3, float(torch.nn.functional.conv2d(torch.ones(8, 3, 64, 64), torch.ones(4, 3, 3, 3)).sum()) > 0)")
+    assert [through(work, zygote)[-1].split() for _ in range(2)] == [['True']*3]*2
+
+
+@linux
+def test_no_kernel_outlives_a_parent_that_is_killed(tmp_path):
+    notebook(tmp_path/'sleeps.ipynb', f"import os, subprocess, time\np = subprocess.Popen(['sleep', '1000'])\nopen(f'{tmp_path}/pids-{{n}}', 'w').write(f'{{os.getpid()}} {{os.getppid()}} {{p.pid}}')\ntime.sleep(1000)")
+    process = subprocess.Popen([edgenb, 'sweep', 'sleeps.ipynb', '-g', 'n=1,2', '--workers', '2'], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while len(found := list(tmp_path.glob('pids-*'))) < 2 or not all(f.read_text() for f in found): assert process.poll() is None; time.sleep(0.05)
+    pids = {int(p) for f in found for p in f.read_text().split()}
+    os.kill(process.pid, signal.SIGKILL); process.wait()
+    alive = lambda: [p for p in pids if Path(f'/proc/{p}').exists() and Path(f'/proc/{p}/stat').read_text().rpartition(') ')[2][0] != 'Z']
+    for _ in range(100):
+        if not alive(): break
+        time.sleep(0.1)
+    assert not alive() and len(pids) == 5      # two kernels, two children of theirs, one zygote

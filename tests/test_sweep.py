@@ -1,0 +1,177 @@
+"Sweeps: planned, killed, gone on with, searched, on a cluster."
+import collections, json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+from hypothesis import given, settings as how, strategies as st
+from edgenb.core import EdgenbError
+from edgenb.mill import Parameter, record_of
+from edgenb.sweep import axis, plan_sweep, standing, sweep
+from test_mill import call, edgenb, notebook, refused, root
+
+ROOMS = '''import os, time
+from edgenb.core import room
+def tally(name): fd = os.open(os.environ['TALLY'], os.O_WRONLY | os.O_APPEND | os.O_CREAT); os.write(fd, (name + '\\n').encode()); os.close(fd)
+@room(1)
+def shared(run, kind='a'):
+    time.sleep(0.2); run.new('x.txt').write_text(kind); tally(f'shared {kind}'); return {'data': 'synthetic', 'size': len(kind)}
+@room(2, needs=('shared',))
+def own(run, n=0):
+    time.sleep(0.1); run.new('y.txt').write_text(f'{n}'); tally(f'own {n}'); return {'square': n*n}
+'''
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    "A folder with a recipe of two rooms, the first of which all runs share."
+    (tmp_path/'toyrooms_sweep.py').write_text(ROOMS)
+    notebook(tmp_path/'toy.ipynb', 'import sys; sys.path.insert(0, "."); from toyrooms_sweep import own, shared', 'shared(output_dir); own(output_dir, n=n)', '1/(n - 13)')
+    monkeypatch.setenv('TALLY', str(tmp_path/'tally'))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def computed(workspace): return collections.Counter((workspace/'tally').read_text().split('\n')[:-1])
+def last_json(done): return json.loads(done.stdout.splitlines()[-1])
+
+
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=6), st.lists(st.sampled_from(['fp32', 'int8', 'fp16']), min_size=1, max_size=4))
+def test_an_axis_holds_each_value_once_in_the_order_given(numbers, words):
+    known = {'n': Parameter('n', 'int', 0), 'w': Parameter('w', 'list', [])}
+    assert axis(f"n={','.join(map(str, numbers))}", known) == ('n', list(dict.fromkeys(numbers)))
+    assert axis(f"w={json.dumps([[w] for w in words])}", known) == axis(f"w={','.join(words)}", known) == ('w', [[w] for w in dict.fromkeys(words)])
+
+
+@pytest.mark.parametrize('given, says', [(['-g', 'nn=1'], 'Did you mean n'), (['-g', 'n='], 'zero runs'), ([], 'nothing to sweep over'), (['-g', 'n=1', '-g', 'n=2'], 'given twice'), (['-g', 'n=1', '-p', 'n', '2'], 'given twice'), (['-g', 'n=1..3'], 'is a range'),
+                                         (['-g', 'n=1', '--search', '3'], 'needs both'), (['-g', 'n=1..9', '--search', '3', '--maximize', 'valu'], 'value'), (['-g', 'output_dir=a,b'], 'cannot be set'), (['-f', 'none.yaml'], 'cannot be read'),
+                                         (['-f', 'empty.yaml'], 'no points'), (['-g', 'n=1', '--workers', '0'], 'out of range'), (['-g', 'n=1', '--scheduler', 'nowhere'], 'not the address'), (['-g', 'n=one'], 'whole number')])
+def test_what_cannot_be_done_is_refused_in_a_line_and_leaves_nothing(workspace, given, says):
+    (workspace/'empty.yaml').write_text('[]')
+    refused(call('sweep', 'toy.ipynb', *given, cwd=workspace), says)
+    assert not list(workspace.glob('runs/toy/point-*'))
+
+
+def test_a_shared_room_is_computed_once_and_the_same_command_repeats_nothing(workspace):
+    first = last_json(call('sweep', 'toy.ipynb', '-g', 'n=1,2,2,3', '--workers', '2', '--json', cwd=workspace))
+    assert first['done'] == 3 and computed(workspace) == {'shared a': 1, 'own 1': 1, 'own 2': 1, 'own 3': 1}
+    dry = last_json(call('sweep', 'toy.ipynb', '-g', 'n=1,4', '--dry-run', '--json', cwd=workspace))
+    assert [r['standing'] for r in dry['runs']] == ['finished', 'new'] and dry['pool'] == {'shared': 1, 'own': 3} and len(list(workspace.glob('runs/toy/point-*'))) == 3
+    again = last_json(call('sweep', 'toy.ipynb', '-g', 'n=3,1,2', '--json', cwd=workspace))
+    assert again['before'] == 3 and again['sweep'] == first['sweep'] and sum(computed(workspace).values()) == 4
+    more = last_json(call('sweep', 'toy.ipynb', '-g', 'n=1,2,3,4', '--json', cwd=workspace))
+    assert more['before'] == 3 and more['done'] == 4 and computed(workspace)['own 4'] == 1 and computed(workspace)['shared a'] == 1
+    call('run', 'toy.ipynb', '-p', 'n', '4', '--no-progress', cwd=workspace)
+    assert sum(computed(workspace).values()) == 5                                 # a single run takes over from a sweep
+
+
+def test_a_failed_run_stops_no_other_and_is_tried_again(workspace):
+    done = call('sweep', 'toy.ipynb', '-g', 'n=12,13,14', '--json', cwd=workspace)
+    told = last_json(done)
+    assert done.returncode == 1 and told['done'] == 2 and 'ZeroDivisionError: division by zero (cell [5])' in [r['reason'] for r in told['runs']][1]
+    table = call('compare', 'runs/toy', cwd=workspace).stdout
+    assert 'ZeroDivisionError' in table and 'cell [5]' in table
+    again = last_json(call('sweep', 'toy.ipynb', '-g', 'n=12,13,14', '--json', cwd=workspace))
+    assert again['before'] == 2 and again['failed'] == 1 and computed(workspace)['own 13'] == 1
+
+
+def test_changed_data_or_code_is_another_sweep(workspace):
+    notebook(workspace/'reads.ipynb', 'open(source).read()', choices="output_dir: str = ''\nsource: str = ''\nn: int = 0")
+    (workspace/'data.txt').write_text('a')
+    plan = lambda: plan_sweep('reads.ipynb', {'n': [1]}, common={'source': 'data.txt'}).names
+    before = plan()
+    assert plan() == before
+    (workspace/'data.txt').write_text('bb')
+    assert (changed := plan()) != before
+    notebook(workspace/'reads.ipynb', 'open(source).read(); 1', choices="output_dir: str = ''\nsource: str = ''\nn: int = 0")
+    assert plan() not in (before, changed)
+
+
+def kill_and_go_on(workspace, kills, n, rng):
+    "Kill a sweep at random moments until there were enough, then let it end; returns its answer and the finished runs that were done again."
+    seen, go = [], [edgenb, 'sweep', 'toy.ipynb', '-g', f"n={','.join(map(str, range(20, 20 + n)))}", '--workers', '2', '--json']
+    started = lambda: {p.parent.name: r['started'] for p in workspace.glob('runs/toy/point-*/job.json') if (r := json.loads(p.read_text()))['status'] == 'done' and 'wrote' in r}
+    for _ in range(kills):
+        process = subprocess.Popen(go, cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try: process.wait(rng.uniform(0.3, 4)); break
+        except subprocess.TimeoutExpired: process.kill(); process.wait(); seen.append(started())
+    done = subprocess.run(go, cwd=workspace, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return last_json(done), [run for s in seen for run, when in s.items() if started()[run] != when]
+
+
+def test_a_sweep_killed_at_random_moments_loses_nothing_and_repeats_nothing_that_finished(workspace):
+    told, redone = kill_and_go_on(workspace, 4, 8, random.Random(3))
+    counts = computed(workspace)
+    assert told['done'] == 8 and told['failed'] == 0 and not redone
+    assert set(counts) == {'shared a', *(f'own {n}' for n in range(20, 28))} and sum(counts.values()) <= 9 + 4*2    # at most what was at work when a kill fell
+
+
+def test_an_interrupt_ends_a_sweep_cleanly(workspace):
+    notebook(workspace/'slow.ipynb', 'import time; time.sleep(n)')
+    process = subprocess.Popen([edgenb, 'sweep', 'slow.ipynb', '-g', 'n=0,500', '--workers', '1'], cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(list(workspace.glob('runs/slow/point-*/job.json'))) < 2: assert process.poll() is None; time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and 'interrupted' in err.splitlines()[-1] and 'Traceback' not in err
+    assert sorted(standing(plan_sweep('slow.ipynb', {'n': [0, 500]})))[1] == 'finished'
+
+
+def test_a_time_limit_fails_only_the_run_that_needs_longer(workspace):
+    notebook(workspace/'slow.ipynb', 'import time; time.sleep(n)')
+    told = last_json(call('sweep', 'slow.ipynb', '-g', 'n=0,500', '--timeout', '6', '--json', cwd=workspace))
+    assert told['done'] == 1 and told['runs'][1]['reason'] == 'it did not end within 6 s (cell [3])'
+
+
+def test_a_search_finds_the_best_and_goes_on_where_it_was(workspace):
+    notebook(workspace/'toy.ipynb', 'import sys; sys.path.insert(0, "."); from toyrooms_sweep import own, shared', 'shared(output_dir); own(output_dir, n=n)')
+    ask = ['toy.ipynb', '-g', 'n=-8..8', '--minimize', 'own.square', '--workers', '1', '--json']
+    short = last_json(call('sweep', *ask, '--search', '4', cwd=workspace))
+    assert short['done'] == len(short['runs']) <= 4
+    entries = sum(computed(workspace).values())
+    longer = last_json(call('sweep', *ask, '--search', '8', cwd=workspace))
+    assert {r['run'] for r in short['runs']} <= {r['run'] for r in longer['runs']} and longer['before'] == short['done']
+    assert sum(computed(workspace).values()) - entries == len(longer['runs']) - len(short['runs'])
+
+
+def test_a_scheduler_that_is_not_there_is_a_line_within_seconds(workspace):
+    started = time.perf_counter()
+    refused(call('sweep', 'toy.ipynb', '-g', 'n=1', '--scheduler', 'tcp://127.0.0.1:9', cwd=workspace), 'no Dask scheduler answers at tcp://127.0.0.1:9')
+    assert time.perf_counter() - started < 30
+
+
+@pytest.fixture
+def cluster():
+    distributed = pytest.importorskip('distributed')
+    import logging
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, host='127.0.0.1', dashboard_address=None, silence_logs=logging.CRITICAL) as c: yield c
+
+
+def test_a_worker_that_is_killed_costs_no_run(workspace, cluster):
+    notebook(workspace/'waits.ipynb', f"import os, time\nopen(f'{workspace}/at-{{n}}-{{os.getpid()}}', 'w').write(str(os.getppid()))\ntime.sleep(1.5)\nopen(f'{{output_dir}}/n.txt', 'w').write(str(n))")
+    process = subprocess.Popen([edgenb, 'sweep', 'waits.ipynb', '-g', 'n=1,2,3', '--scheduler', cluster.scheduler_address, '--json'], cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (at := [p for p in workspace.glob('at-*') if p.read_text()]): assert process.poll() is None, process.communicate(); time.sleep(0.05)
+    zygote = int(at[0].read_text())
+    worker = int(Path(f'/proc/{zygote}/stat').read_text().rpartition(') ')[2].split()[1])     # the zygote's parent
+    os.kill(worker, signal.SIGKILL)
+    out, err = process.communicate(timeout=100)
+    told = json.loads(out.splitlines()[-1])
+    assert told['done'] == 3 and told['failed'] == 0 and {(workspace/'runs'/'waits'/r['run']/'n.txt').read_text() for r in told['runs']} == {'1', '2', '3'}, err
+    assert len(list(workspace.glob('at-*'))) >= 4           # one of them was done twice
+
+
+def test_results_of_workers_without_a_common_disk_arrive_by_digest(workspace, cluster, tmp_path_factory):
+    import distributed
+    from edgenb import executors
+    notebook(workspace/'far.ipynb', "open(f'{output_dir}/n.bin', 'wb').write(bytes(range(256))*n)")
+    elsewhere = tmp_path_factory.mktemp('elsewhere')
+    def not_shared():
+        import tempfile
+        tempfile.tempdir = str(elsewhere)
+        executors.BLOCK = 100
+    with distributed.Client(cluster, set_as_default=False) as client:
+        client.run(not_shared)
+        job = executors.Job(workspace/'far.ipynb', {'n': 3}, workspace/'runs'/'far'/'point-x')
+        fields = {k: str(v) if isinstance(v, Path) else v for k, v in vars(job).items()}
+        future = client.submit(executors.work, fields, job.notebook.read_text(), (str(workspace/'no-such-mark'), 'x'), pure=False)
+        record = executors._arrived(client, future, job)
+    assert record['status'] == 'done' and executors.finished(job.folder) and (job.folder/'n.bin').read_bytes() == bytes(range(256))*3
+    assert list(elsewhere.rglob('n.bin')) and record_of(job.folder)['wrote'] == record['wrote']
