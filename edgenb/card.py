@@ -92,13 +92,13 @@ def hops_table(rows: list) -> str:
         value = 'not measured' if r['value'] is None else f"{r['value']:.4f} [{r['low']:.4f}, {r['high']:.4f}]"
         delta = '' if r['delta'] is None or r['artifact'] == 'reference' else f"{r['delta']:+.4f} [{r['delta_low']:+.4f}, {r['delta_high']:+.4f}]"
         verdict = 'reference' if r['artifact'] == 'reference' else f"**{r['verdict']}**: {_cell(r['reason'])}"
-        out.append(f"| {_cell(r['artifact'])} | {value} | {delta} | {'' if r['p95_ms'] is None else format(r['p95_ms'], '.1f')} | {r['size_mb']:.1f} | {verdict} |")
+        out.append(f"| {_cell(r['artifact'])} | {value} | {delta} | {'' if r['p95_ms'] is None else format(r['p95_ms'], '.1f')} | {r['size_mb']:.3g} | {verdict} |")
     return '\n'.join(out)
 
 def limits(f: dict) -> list:   # of sentences
     "What must be known before this model is trusted."
     row, out = f['row'], []
-    if f['data'] != 'real': out.append(f"It was made and judged on **{f['data']}** data: the figures say nothing about real {THINGS[f['input']]}s until it has been judged on them.")
+    if f['data'] != 'real': out.append(f"It was made and judged on **{f['data']}** data: the figures say nothing about real {'windows' if f['input'] == 'window' else THINGS[f['input']] + 's'} until it has been judged on them.")
     out += [f"The data gate *{g}* was not met and was overridden." for g in f['overridden']]
     if row['verdict'] != 'pass': out.append(f"It was shipped although the verdict on it is **{row['verdict']}**: {row['reason']}.")
     out.append(f"It was judged on {f['judged']} test cases. What is rare among them is not known well: the intervals are the honest figure.")
