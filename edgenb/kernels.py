@@ -49,20 +49,20 @@ def _die_with_parent(parent):
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)   # PR_SET_PDEATHSIG
     if os.getppid() != parent: os._exit(1)
 
-def _become_kernel(request, zygote):
+def _become_kernel(request, zygote, added):
     "In a freshly forked child: a session, folder, environment and random state of its own."
     os.setsid()
     _die_with_parent(zygote)
     for s in (signal.SIGINT, signal.SIGCHLD, signal.SIGTERM): signal.signal(s, signal.SIG_DFL)
     with contextlib.suppress(OSError): Path('/proc/self/oom_score_adj').write_text('300')   # when memory runs out, a run goes and not all of them
     os.chdir(request['cwd'])
-    os.environ.clear(); os.environ.update(request['env'])
+    os.environ.clear(); os.environ.update(added | request['env'] | {'JPY_PARENT_PID': str(zygote)})
     if 'numpy' in sys.modules: sys.modules['numpy'].random.seed()   # `random` does it by itself; torch starts from a constant seed as in a new process
     sys.argv = ['ipykernel_launcher', *request['argv']]
 
 def serve(fd: int, modules: list, notebook: str | None) -> None:   # returns only in a forked child
     "The zygote's life: import, then fork on request. To be called in a process of its own, with a socket."
-    me, connection = os.getpid(), socket.socket(fileno=fd)
+    me, connection, given = os.getpid(), socket.socket(fileno=fd), dict(os.environ)
     os.environ.setdefault('MPLBACKEND', 'module://matplotlib_inline.backend_inline')   # as a kernel does, before matplotlib is imported
     os.environ['JPY_PARENT_PID'] = str(me)                                             # read when ipykernel is imported
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')                       # the debugger's remark on frozen modules would come from here, once a sweep
@@ -72,6 +72,7 @@ def serve(fd: int, modules: list, notebook: str | None) -> None:   # returns onl
         for name in modules:
             with contextlib.suppress(Exception): importlib.import_module(name)         # missing or broken: the notebook will say so
     note_loaded('edgenb')
+    added = {k: v for k, v in os.environ.items() if given.get(k) != v and k != 'PYDEVD_DISABLE_FILE_VALIDATION'}   # libraries set some when they are imported
     import gc; gc.collect(); gc.freeze()   # pages that stay as they are stay shared
     children, buffer = set(), b''
     def tell(**message):
@@ -91,7 +92,7 @@ def serve(fd: int, modules: list, notebook: str | None) -> None:   # returns onl
                 request = json.loads(line)
                 if (pid := os.fork()) == 0:
                     connection.close()
-                    return _become_kernel(request, me)
+                    return _become_kernel(request, me, added)
                 children.add(pid)
                 tell(forked=pid, request=request['id'])
         while children:
@@ -123,7 +124,7 @@ class Zygote:
         if not can_fork(): raise EdgenbError('kernels can be forked on Linux only')
         self._socket, theirs = socket.socketpair()
         root = str(Path(sys.modules['edgenb'].__file__).parents[1])
-        code = f'import sys; sys.path.remove(""); sys.path.append({root!r}); from edgenb.kernels import run, serve; sys.path.pop(); serve({theirs.fileno()}, {list(modules)!r}, {notebook and str(notebook)!r}); run()'
+        code = f'import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.append({root!r}); from edgenb.kernels import run, serve; sys.path.pop(); serve({theirs.fileno()}, {list(modules)!r}, {notebook and str(notebook)!r}); run()'
         self.process = subprocess.Popen([sys.executable, '-c', code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
         theirs.close()
         self.threads, self._children, self._asked, self._lock, self._told, self._open = None, {}, 0, threading.Lock(), threading.Condition(), True
@@ -253,7 +254,7 @@ class Stop:
         if process := self._process: self._kill(process)
     def _kill(self, process):
         if process.poll() is None:
-            with contextlib.suppress(OSError): os.killpg(process.pid, signal.SIGKILL)   # with what it has started
+            with contextlib.suppress(OSError, AttributeError): os.killpg(process.pid, signal.SIGKILL)   # with what it has started; Windows has no groups
             process.kill()
 
 def engine() -> str:

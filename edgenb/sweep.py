@@ -248,7 +248,7 @@ def _aloud(folder, said, every=30):
         while not over.wait(every):
             for path in sorted(folder.glob('point-*/.status')):
                 with contextlib.suppress(OSError):
-                    if text := path.read_text(encoding='utf-8', errors='replace').strip(): said(f'  {path.parent.name}  {text}')
+                    if time.time() - path.stat().st_mtime < 120 and (text := path.read_text(encoding='utf-8', errors='replace').strip()): said(f'  {path.parent.name}  {text}')
     thread = threading.Thread(target=speak, daemon=True)
     thread.start()
     try: yield
