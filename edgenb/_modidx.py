@@ -1012,7 +1012,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'edgenb.panel._figure': ('panel.html#_figure', 'edgenb/panel.py'),
                               'edgenb.panel._text': ('panel.html#_text', 'edgenb/panel.py'),
                               'edgenb.panel.as_html': ('panel.html#as_html', 'edgenb/panel.py'),
-                              'edgenb.panel.calibration_error': ('panel.html#calibration_error', 'edgenb/panel.py'),
                               'edgenb.panel.confusion_figure': ('panel.html#confusion_figure', 'edgenb/panel.py'),
                               'edgenb.panel.contact_sheet': ('panel.html#contact_sheet', 'edgenb/panel.py'),
                               'edgenb.panel.figure_html': ('panel.html#figure_html', 'edgenb/panel.py'),

@@ -195,7 +195,7 @@ def execute(path: Path,               # of a notebook
     if not prepare_only: write_json(run.path/'job.json', record)
     started = time.perf_counter()
     with _Aloud() if progress else contextlib.nullcontext():
-        error, cell = _executed(path, out, values, stop=stop, zygote=zygote, kernel_cwd=cwd if cwd and os.path.isdir(cwd) else os.getcwd(), kernel_env={'EDGENB_STATUS': str(status)} if status else {}, prepare_only=prepare_only, progress_bar=progress, log_output=log_output)
+        error, cell = _executed(path, out, values, stop=stop, zygote=zygote, kernel_cwd=cwd if cwd and os.path.isdir(cwd) else os.getcwd(), kernel_env={'EDGENB_PANELS': 'static'} | ({'EDGENB_STATUS': str(status)} if status else {}), prepare_only=prepare_only, progress_bar=progress, log_output=log_output)
     if status: status.unlink(missing_ok=True)
     if prepare_only: return record | {'status': 'prepared'}
     record |= {'status': 'failed' if error else 'done', 'seconds': round(time.perf_counter() - started, 3), 'error': error, 'cell': cell} | ({'wrote': manifest(run.path)} if by_digest and not error else {})

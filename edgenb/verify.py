@@ -201,8 +201,8 @@ def per_class(y, a: dict, b: dict, classes, confidence: float = 0.95) -> list:
 
 def agreement(y, a: dict, b: dict) -> dict:
     "How far the answers moved: shares decided otherwise, score differences, and calibration (error of the score as a probability, of being defective or, where no class is negative, of being right; over ten bins of equal counts)."
-    from edgenb.panel import calibration_error
-    def error(answer): return calibration_error(y != answer['negative'] if answer['negative'] >= 0 else y == answer['label'], answer['score'])
+    from edgenb.ranking import expected_calibration_error
+    def error(answer): return expected_calibration_error(y != answer['negative'] if answer['negative'] >= 0 else y == answer['label'], np.clip(answer['score'], 0, 1))   # rounded arithmetic may pass 1
     far, before, after = np.abs(np.asarray(a['score'], float) - b['score']), error(a), error(b)
     alike = float(np.corrcoef(a['score'], b['score'])[0, 1]) if np.std(a['score']) > 0 and np.std(b['score']) > 0 else float('nan')
     return {'flipped': float(np.mean(a['label'] != b['label'])), 'score_mean_difference': float(far.mean()), 'score_largest_difference': float(far.max()), 'score_correlation': alike,

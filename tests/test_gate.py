@@ -10,7 +10,7 @@ from edgenb.choice import AXES, choose, dominates, front_figure, pareto, within_
 from edgenb.compile import compile
 from edgenb.core import EdgenbError, Run, write_json
 from edgenb.device import device as find_device
-from edgenb.panel import calibration_error
+from edgenb.ranking import expected_calibration_error
 from edgenb.pipeline import image_pipeline
 from edgenb.runtime import RUNTIMES, Network, Variant, runtime, size_mb
 from edgenb.runtimes.onnx import OnnxRuntime, export_onnx
@@ -525,7 +525,7 @@ def test_agreement_is_what_changed_and_nothing_for_an_equal_answer():
         order = np.argsort(score, kind='stable')
         return sum(len(part)/2000*abs(y[part].mean() - score[part].mean()) for part in np.array_split(order, 10))
     assert changed['calibration_change'] == pytest.approx(tenths(sure) - tenths(honest), abs=0.01) and changed['calibration_change'] > 0.1
-    assert changed['calibration_error'] == pytest.approx(calibration_error(y == 1, sure))
+    assert changed['calibration_error'] == pytest.approx(expected_calibration_error(y == 1, sure))
 
 
 # The choice -----------------------------------------------------------------------------------------------------------
