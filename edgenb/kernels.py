@@ -6,7 +6,7 @@
 __all__ = ['HARMLESS', 'KERNEL', 'preload', 'serve', 'Forked', 'Zygote', 'can_fork', 'run', 'KernelDied', 'Stop', 'engine']
 
 # %% ../nbs/64_kernels.ipynb #386b35f7
-import ast, builtins, contextlib, ctypes, importlib, json, logging, os, queue, select, signal, socket, subprocess, sys, threading, time
+import ast, builtins, contextlib, ctypes, importlib, json, logging, os, queue, select, signal, socket, subprocess, sys, tempfile, threading, time, traceback
 from pathlib import Path
 from .core import EdgenbError, _imported, _source, note_loaded
 
@@ -174,8 +174,13 @@ def can_fork() -> bool:
 
 def run():
     "In a forked child: be a kernel."
-    from ipykernel.kernelapp import launch_new_instance
-    launch_new_instance()
+    from ipykernel.kernelapp import IPKernelApp
+    app = IPKernelApp.instance()
+    try: app.initialize()
+    except Exception:   # a thread of its own may be there already, and would keep it for ever
+        traceback.print_exc()
+        os._exit(1)
+    app.start()
 
 # %% ../nbs/64_kernels.ipynb #a10c0aeb
 class KernelDied(EdgenbError):
@@ -228,6 +233,7 @@ def _manager(zygote):
         client_factory = Type(klass='jupyter_client.KernelClient', default_value=Client)
         async def _async_pre_start_kernel(self, **kw):
             self.kernel_id = self.kernel_id or kw.pop('kernel_id', None) or os.urandom(8).hex()
+            if len(tempfile.gettempdir()) < 60: self.transport, self.ip = 'ipc', f'{tempfile.gettempdir()}/edgenb-{os.urandom(6).hex()}'   # files: a free port may be taken by another before the kernel has it
             if self.provisioner is None and 'kernel_provisioner' not in self.kernel_spec.metadata: self.provisioner = provisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
             return await super()._async_pre_start_kernel(**kw)
     return ForkedKernelManager
