@@ -104,6 +104,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'edgenb.choice.tightest': ('choice.html#tightest', 'edgenb/choice.py'),
                                'edgenb.choice.within_budget': ('choice.html#within_budget', 'edgenb/choice.py')},
             'edgenb.cli': { 'edgenb.cli._given': ('cli.html#_given', 'edgenb/cli.py'),
+                            'edgenb.cli._lean': ('cli.html#_lean', 'edgenb/cli.py'),
                             'edgenb.cli.argument': ('cli.html#argument', 'edgenb/cli.py'),
                             'edgenb.cli.command': ('cli.html#command', 'edgenb/cli.py'),
                             'edgenb.cli.command_card': ('cli.html#command_card', 'edgenb/cli.py'),

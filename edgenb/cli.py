@@ -34,6 +34,8 @@ GIVEN = (argument('-p', '--parameters', nargs=2, action='append', default=[], me
          argument('-f', '--parameters-file', '--parameters_file', action='append', default=[], metavar='FILE', help='a YAML file of parameters'),
          argument('-y', '--parameters-yaml', '--parameters_yaml', action='append', default=[], metavar='YAML', help='parameters as YAML text'))
 
+def _lean(): sys.modules.setdefault('rfc3987_syntax', None)   # jsonschema, which papermill needs, would compile a grammar of web addresses from it, for more than a second; it does without, and notebooks are not checked for these
+
 def _given(args):
     "Parameters from -f FILE, -y YAML and -p NAME VALUE; later ones win, as in papermill."
     from pathlib import Path
@@ -59,6 +61,7 @@ def command_run(args):
     "run a recipe as a batch job"
     import json
     from edgenb.mill import parameters, recipe, run_recipe, summary
+    _lean()
     if args.help_notebook:
         for p in parameters(recipe(args.recipe)).values(): print(f'{p.name}: {p.type} = {p.default!r}\n    {p.help}')
         return
@@ -88,6 +91,7 @@ def command_sweep(args):
     import json
     from edgenb.core import EdgenbError, within
     from edgenb.sweep import asked_for, plan_sweep, pool_of, search_sweep, standing, sweep, sweep_rows, sweep_table, label
+    _lean()
     if args.workers is not None: within('sweep', 1, workers=args.workers)
     if args.timeout is not None: within('sweep', 0.001, timeout=args.timeout)
     goal = args.maximize or args.minimize

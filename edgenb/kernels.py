@@ -6,13 +6,13 @@
 __all__ = ['HARMLESS', 'KERNEL', 'preload', 'serve', 'Forked', 'Zygote', 'can_fork', 'run', 'KernelDied', 'Stop', 'engine']
 
 # %% ../nbs/64_kernels.ipynb #386b35f7
-import ast, builtins, contextlib, ctypes, importlib, json, logging, os, queue, select, signal, socket, subprocess, sys, threading, time
+import ast, builtins, contextlib, ctypes, importlib, json, logging, os, queue, select, signal, socket, subprocess, sys, tempfile, threading, time, traceback
 from pathlib import Path
 from .core import EdgenbError, _imported, _source, note_loaded
 
 # %% ../nbs/64_kernels.ipynb #b3792ed7
 HARMLESS = ('ipywidgets', 'matplotlib', 'numpy', 'onnxruntime', 'pandas', 'PIL', 'plotly', 'plotly.graph_objects', 'safetensors', 'scipy', 'sklearn', 'tokenizers', 'torch', 'transformers', 'yaml')   # importing them starts no thread that is needed later, and opens no device
-KERNEL = ('ipykernel.kernelapp', 'ipykernel.debugger', 'ipykernel.ipkernel', 'ipykernel.zmqshell', 'IPython.core.completerlib', 'IPython.core.debugger', 'IPython.core.historyapp', 'IPython.core.logger', 'IPython.core.oinspect', 'IPython.extensions.storemagic', 'tqdm.auto')   # what a kernel imports before its first cell
+KERNEL = ('ipykernel.kernelapp', 'ipykernel.ipkernel', 'ipykernel.zmqshell', 'IPython.core.completerlib', 'IPython.core.debugger', 'IPython.core.historyapp', 'IPython.core.logger', 'IPython.core.oinspect', 'IPython.extensions.storemagic', 'tqdm.auto')   # what a kernel imports before its first cell
 
 def preload(notebook: str | Path   # path of a notebook
            ) -> list:              # of module names
@@ -174,8 +174,13 @@ def can_fork() -> bool:
 
 def run():
     "In a forked child: be a kernel."
-    from ipykernel.kernelapp import launch_new_instance
-    launch_new_instance()
+    from ipykernel.kernelapp import IPKernelApp
+    app = IPKernelApp.instance()
+    try: app.initialize()
+    except Exception:   # a thread of its own may be there already, and would keep it for ever
+        traceback.print_exc()
+        os._exit(1)
+    app.start()
 
 # %% ../nbs/64_kernels.ipynb #a10c0aeb
 class KernelDied(EdgenbError):
@@ -206,10 +211,7 @@ def _manager(zygote):
     from jupyter_client import AsyncKernelClient, AsyncKernelManager
     from jupyter_client.provisioning import LocalProvisioner
     from traitlets import Type
-    class Manager(AsyncKernelManager):
-        async def _async_interrupt_kernel(self):
-            if not self.shutting_down: await super()._async_interrupt_kernel()   # an idle kernel would log it as an error
-    if zygote is None: return Manager
+    if zygote is None: return AsyncKernelManager
     provisioner = _provisioner(LocalProvisioner, zygote)
     class Client(AsyncKernelClient):
         async def wait_for_ready(self, timeout=None):
@@ -224,10 +226,11 @@ def _manager(zygote):
                     return self._handle_kernel_info_reply(reply)
                 if not await self.is_alive(): raise RuntimeError('Kernel died before replying to kernel_info')
             raise RuntimeError(f"Kernel didn't respond in {timeout} seconds")
-    class ForkedKernelManager(Manager):
+    class ForkedKernelManager(AsyncKernelManager):
         client_factory = Type(klass='jupyter_client.KernelClient', default_value=Client)
         async def _async_pre_start_kernel(self, **kw):
             self.kernel_id = self.kernel_id or kw.pop('kernel_id', None) or os.urandom(8).hex()
+            if len(tempfile.gettempdir()) < 60: self.transport, self.ip = 'ipc', f'{tempfile.gettempdir()}/edgenb-{os.urandom(6).hex()}'   # files: a free port may be taken by another before the kernel has it
             if self.provisioner is None and 'kernel_provisioner' not in self.kernel_spec.metadata: self.provisioner = provisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
             return await super()._async_pre_start_kernel(**kw)
     return ForkedKernelManager
