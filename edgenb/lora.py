@@ -117,12 +117,12 @@ def step_memory_mb(config: dict,       # of transformers: config.json
     return {k: round(v/2**20, 1) for k, v in {'loading': loading, **step, 'total': max(loading, sum(step.values()))}.items()}
 
 # %% ../nbs/48_lora.ipynb #f85f7c1c
-def _bar(steps):
-    "A Trainer callback that moves edgenb's progress bar."
+def _bar(steps, told):
+    "A Trainer callback that moves edgenb's progress bar, and calls `told(log, step)`, which may end the training, after each step."
     from transformers import TrainerCallback
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw): self.bar = progress(total=steps, initial=state.global_step, desc='training', unit='step')
-        def on_step_end(self, args, state, control, **kw): self.bar.update()
+        def on_step_end(self, args, state, control, **kw): self.bar.update(); told(state.log_history, state.global_step)
         def on_log(self, args, state, control, logs=None, **kw):
             if logs: self.bar.set_postfix({k.removeprefix('eval_'): f'{v:.3g}' for k, v in logs.items() if k in ('loss', 'eval_loss')})
         def on_train_end(self, args, state, control, **kw): self.bar.close()
@@ -130,10 +130,16 @@ def _bar(steps):
 
 def _trainer(model, rows, held_rows, work, every, learning_rate, patience, bf16, seed):
     import torch
+    from edgenb.tune import Told
     from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+    losses, aloud = [], Told(work, -(-len(rows)//every), every)
+    def told(log, step):
+        history = _history(log, every)
+        aloud(history, step - every*len(history), losses)
     class OnAnswers(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, **_):
             loss = answer_loss(model, inputs)
+            losses.append(loss.item())
             return (loss, {}) if return_outputs else loss
         def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
             with torch.no_grad(), self.compute_loss_context_manager(): return answer_loss(model, self._prepare_inputs(inputs)), None, None
@@ -143,7 +149,7 @@ def _trainer(model, rows, held_rows, work, every, learning_rate, patience, bf16,
                                   load_best_model_at_end=True, metric_for_best_model='eval_loss', greater_is_better=False, restore_callback_states_from_checkpoint=True, disable_tqdm=True, report_to=[],
                                   remove_unused_columns=False, dataloader_pin_memory=False, label_names=['labels'], log_level='error')
     if arguments.n_gpu > 1: arguments._n_gpu = 1   # on several the Trainer draws a batch for each and splits it by rows: a packed one cannot be split
-    trainer = OnAnswers(model=model, args=arguments, train_dataset=rows, eval_dataset=held_rows, data_collator=lambda items: items[0], callbacks=[EarlyStoppingCallback(patience), _bar(len(rows))])
+    trainer = OnAnswers(model=model, args=arguments, train_dataset=rows, eval_dataset=held_rows, data_collator=lambda items: items[0], callbacks=[EarlyStoppingCallback(patience), _bar(len(rows), told)])
     from transformers import PrinterCallback
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -211,10 +217,10 @@ def _memory_now(afresh: bool = False) -> float:   # MB (2^20 bytes)
         with contextlib.suppress(OSError): Path('/proc/self/clear_refs').write_text('5')
     return peak_memory_mb()
 
-def _history(log) -> list:   # of {'step', 'loss', 'validation_loss'}
+def _history(log, every) -> list:   # of {'epoch', 'step', 'train_loss', 'validation_loss'}
     found = {}
     for l in log:
-        found.setdefault(l['step'], {'step': l['step']}).update({to: round(l[k], 6) for k, to in (('loss', 'loss'), ('eval_loss', 'validation_loss')) if k in l})
+        found.setdefault(l['step'], {'epoch': l['step']//every, 'step': l['step']}).update({to: round(l[k], 6) for k, to in (('loss', 'train_loss'), ('eval_loss', 'validation_loss')) if k in l})
     return [h for h in found.values() if math.isfinite(h.get('validation_loss', math.nan))]
 
 def _leave(folder: Path, fill):
@@ -278,10 +284,11 @@ def train(model_name_or_path: str,    # 'bundled:smollm2-135m', a hub id or a fo
         about = {'model_name_or_path': str(model_name_or_path), 'base': base_digest(base), 'method': method, 'batch_size': batch_size, 'num_train_epochs': num_train_epochs, 'learning_rate': learning_rate,
                  'lora_r': lora_r, 'lora_alpha': lora_alpha, 'packing': packing, 'bf16': bf16, 'seed': seed, 'planned_steps': len(plan)}
         _same_run(work, digest_of([about, patience, prompt.to_dict(), [list(v) for v in (*examples, *held)]]))
-        trainer = _trainer(model, _Rows(learnt, plan, make), _Rows(validated, held_plan, make), work, -(-len(learnt)//batch_size), learning_rate, patience, bf16, seed)
+        every = -(-len(learnt)//batch_size)   # steps an epoch
+        trainer = _trainer(model, _Rows(learnt, plan, make), _Rows(validated, held_plan, make), work, every, learning_rate, patience, bf16, seed)
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
         if not trainer.state.best_global_step: raise EdgenbError(f'tune: the language model diverged, its loss on validation notes is no number: lower learning_rate, which was {learning_rate:g}')
-        facts = {**about, 'steps': trainer.state.global_step, 'best_step': trainer.state.best_global_step, 'history': _history(trainer.state.log_history), 'parameters': parameters, 'trained': trained,
+        facts = {**about, 'steps': trainer.state.global_step, 'best_step': trainer.state.best_global_step, 'history': _history(trainer.state.log_history, every), 'parameters': parameters, 'trained': trained,
                  'threads': num_threads, 'device': model.device.type, 'memory': {'before_mb': round(libraries_mb), 'predicted_mb': round(libraries_mb + step['total']), 'measured_mb': round(_memory_now()), 'step_mb': step},
                  'seconds': round(time.perf_counter() - started[0], 1), 'cpu_seconds': round(time.process_time() - started[1], 1)}
     finally: torch.set_num_threads(before)

@@ -120,10 +120,11 @@ def _until_done(run, window):
         elif work_of(run) is None: window.close('Ended. Entered again with the same choices, tune goes on after its last epoch.')
 
 # %% ../nbs/73_training.ipynb #cc24e8ee
-def tune_live(run, **choices   # of `edgenb.tune.tune`
+def tune_live(run, room=None,  # default: `edgenb.tune.tune`, for images; or `edgenb.language.tune`
+              **choices        # of the room
              ) -> Card:
     "Tune with a window on it: loss and metric as they come, and a stop button. Interrupted or stopped, the same call goes on."
-    from edgenb.tune import tune
+    if room is None: from edgenb.tune import tune as room
     run = as_run(run)
     window = None
     if is_live():
@@ -132,8 +133,9 @@ def tune_live(run, **choices   # of `edgenb.tune.tune`
         display(window.box)
     said = 'It did not end well: see below.'
     try:
-        card = tune(run, **choices)
-        said = f"Finished: best epoch {card.result['validation']['epoch']}, validation loss {card.result['validation']['validation_loss']:.3f}, accuracy {card.result['validation']['validation_accuracy']:.1%}."
+        card = room(run, **choices)
+        best = min(card.result['history'], key=lambda h: h['validation_loss'])
+        said = f"Finished: validation loss {best['validation_loss']:.3f} at its best, accuracy on validation examples {card.result['validation']['validation_accuracy']:.1%}."
         return card
     except KeyboardInterrupt:
         said = 'Interrupted.'

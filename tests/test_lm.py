@@ -221,6 +221,20 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(tiny, prompt, notes, ada
     one, other = (load_file(p/'adapter_model.safetensors') for p in (adapter, tmp_path/'adapter'))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
+def test_a_stopped_run_says_what_is_kept_and_goes_on_to_the_same_adapter(tiny, prompt, notes, adapter, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+    from transformers.trainer_callback import EarlyStoppingCallback
+    def press(self, args, state, control, **kw):
+        if state.global_step == 17: (tmp_path/'work'/'stop').touch()
+    with monkeypatch.context() as m:
+        m.setattr(EarlyStoppingCallback, 'on_step_end', press)
+        with pytest.raises(EdgenbError, match=r'stopped in epoch 3 of 3; what was learnt in 2 epoch\(s\) is kept'): tuned(tiny, prompt, notes, tmp_path)
+    told = json.loads((tmp_path/'work'/'progress.json').read_text())
+    assert not (tmp_path/'adapter').exists() and not (tmp_path/'work'/'stop').exists() and told['epochs'] == 3 and told['steps'] == 7 and all(l > 0 for _, l in told['recent'])
+    tuned(tiny, prompt, notes, tmp_path)
+    one, other = (load_file(p/'adapter_model.safetensors') for p in (adapter, tmp_path/'adapter'))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
 def test_checkpoints_of_other_choices_are_not_gone_on_from(tiny, prompt, notes, tmp_path):
     tuned(tiny, prompt, notes, tmp_path, num_train_epochs=1)
     shutil.rmtree(tmp_path/'adapter')
@@ -249,7 +263,7 @@ def test_a_language_model_that_diverges_is_one_line_and_leaves_no_adapter(tiny, 
 def test_the_history_of_a_language_model_that_diverges_late_holds_numbers():
     from edgenb.lora import _history
     log = [{'step': 7, 'loss': 0.5}, {'step': 7, 'eval_loss': 0.4}, {'step': 14, 'loss': 0.1}, {'step': 14, 'eval_loss': float('nan')}]
-    assert _history(log) == [{'step': 7, 'loss': 0.5, 'validation_loss': 0.4}]
+    assert _history(log, 7) == [{'epoch': 1, 'step': 7, 'train_loss': 0.5, 'validation_loss': 0.4}]
 
 def test_the_order_of_training_takes_every_note_once_an_epoch_and_puts_like_lengths_together():
     lengths = np.random.default_rng(0).integers(5, 200, 100).tolist()
