@@ -8,7 +8,7 @@ __all__ = ['Prompt', 'quiet', 'base_folder', 'load_tokenizer', 'load_base', 'mak
 
 # %% ../nbs/41_lm.ipynb #327f389c
 import contextlib, copy, json, logging, os, shutil, tempfile, warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 import numpy as np
 from .core import EdgenbError, file_errors, within
@@ -47,11 +47,14 @@ class Prompt:
 
     def to_dict(self) -> dict:
         "As JSON values."
-        return {**asdict(self), 'answers': list(self.answers), 'wordings': list(self.wordings)}
+        told = {**asdict(self), 'answers': list(self.answers), 'wordings': list(self.wordings)}
+        if not self.wordings: del told['wordings']   # an older edgenb reads what it would have written
+        return told
 
     @classmethod
     def from_dict(cls, told: dict) -> 'Prompt':
         "What `to_dict` gave."
+        if isinstance(told, dict) and (new := sorted(set(told) - {f.name for f in fields(cls)})): raise EdgenbError(f"this prompt holds {', '.join(new)}, which this edgenb does not know: update edgenb on this machine")
         try: return cls(**told)
         except TypeError as e: raise EdgenbError(f'this is not a prompt: {str(e).removeprefix("Prompt.__init__() ")}') from None
 

@@ -67,6 +67,8 @@ def test_a_prompt_survives_json_and_refuses_what_cannot_be_answered():
     for answers, word in (((), 'at least one'), (('E11', 'E11'), 'E11 is given twice'), (('E11', ' '), 'space'), (('E11 ',), 'space')):
         with pytest.raises(EdgenbError, match=word): Prompt('a', 'b', answers, '<e>', 9)
     with pytest.raises(EdgenbError, match='not a prompt'): Prompt.from_dict({'prefix': 'a'})
+    with pytest.raises(EdgenbError, match='holds later, which this edgenb does not know: update edgenb'): Prompt.from_dict(p.to_dict() | {'later': 1})
+    assert 'wordings' not in p.to_dict()   # what an older edgenb on a device reads
     worded = Prompt('a', 'b', ('E11', 'E11.9'), '<e>', 9, ('diabetes', 'diabetes, no more'))
     assert Prompt.from_dict(json.loads(json.dumps(worded.to_dict()))) == worded and worded.text('E11.9') == 'diabetes, no more' and p.text('E11.9') == 'E11.9'
     for wordings, word in ((('one',), '2 answers and 1 wordings'), (('one', 'one'), 'wording one is given twice'), (('one', ' two'), 'space')):
