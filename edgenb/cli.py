@@ -227,7 +227,7 @@ def command_doctor(args):
 def command_completion(args):
     "print what lets a shell complete edgenb's commands and options: eval \"$(edgenb completion bash)\""
     import shtab
-    print(shtab.complete(parser(), args.shell))
+    print(shtab.complete(parser(), args.shell).replace('complete -o bashdefault', 'complete -o bashdefault -o default'))   # files, where nothing else fits
 
 # %% ../nbs/17_cli.ipynb #5d0c76a1
 @command(argument('run', help='folder of a run that has shipped'),

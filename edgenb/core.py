@@ -8,7 +8,7 @@ __all__ = ['FILE_ADVICE', 'SETTINGS', 'ROOMS', 'EdgenbError', 'did_you_mean', 'w
            'refuse_stale', 'reachable', 'code_digest', 'Card', 'Run', 'room']
 
 # %% ../nbs/00_core.ipynb #0df08aeb
-import ast, configparser, contextlib, datetime, difflib, errno, functools, hashlib, importlib.metadata, importlib.util
+import ast, configparser, contextlib, datetime, difflib, errno, functools, hashlib, importlib.metadata, importlib.util, io
 import inspect, json, os, platform, shutil, sys, textwrap, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -58,8 +58,11 @@ def file_errors(what):
 
 # %% ../nbs/00_core.ipynb #94aacd2d
 def progress(items=None, **kw):
-    "A `tqdm.auto` bar over `items` (or with `total=`); it is also told to the file `$EDGENB_STATUS` names."
+    "A `tqdm.auto` bar over `items` (or with `total=`), not drawn where a notebook runs as a batch job; it is also told to the file `$EDGENB_STATUS` names."
     from tqdm.auto import tqdm
+    if os.environ.get('EDGENB_PANELS') == 'static':   # a report would show it as it was at first
+        from tqdm import tqdm
+        kw['file'] = io.StringIO()
     status = os.environ.get('EDGENB_STATUS')
     class Told(tqdm):
         def display(self, *args, **kw):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'recipes', 'recipe', 'read_notebook', 'headline', 'Parameter', 'parameters', 'typed', 'check_parameters',
-           'read_yaml', 'record_of', 'manifest', 'execute', 'run_recipe', 'told', 'values_of', 'summary', 'ledger',
-           'plan_of', 'text_table', 'ledger_table']
+           'read_yaml', 'record_of', 'manifest', 'execute', 'run_recipe', 'told', 'values_of', 'smoked', 'summary',
+           'ledger', 'plan_of', 'text_table', 'ledger_table']
 
 # %% ../nbs/09_mill.ipynb #dca6fd3f
 import ast, contextlib, datetime, io, json, os, re, shutil, sys, tempfile, threading, time, tokenize
@@ -233,13 +233,17 @@ def values_of(run: Run) -> dict:
         except EdgenbError: continue
     return {}
 
+def smoked(run: Run) -> bool:
+    "Whether a run was a tiny one whose numbers mean nothing."
+    return bool(record_of(run.path).get('values', {}).get('smoke'))
+
 def summary(run: Run) -> dict:
     "One row about a run, from its cards and its record."
     record = record_of(run.path)
     row = {'recipe': run.path.parent.name, 'run': run.path.name, 'path': str(run.path), 'data': '', 'reached': 'nothing', 'seconds': None, 'seed': None, 'status': record.get('status', ''), 'reason': told(record)}
     try: cards = {c.room: c for c in run.cards()}
     except EdgenbError as e: return row | {'reached': 'a damaged card', 'reason': str(e)}
-    row |= {'data': next((c.data for c in cards.values()), ''), 'reached': list(cards)[-1] if cards else 'nothing',
+    row |= {'data': next((c.data + (', smoke run' if smoked(run) else '') for c in cards.values()), ''), 'reached': list(cards)[-1] if cards else 'nothing',
             'seconds': round(sum(c.seconds for c in cards.values()), 1) if cards else record.get('seconds'), 'seed': cards['tune'].asked.get('seed') if 'tune' in cards else None}
     try:
         if 'verify' in cards:
@@ -285,5 +289,7 @@ def text_table(rows: list, columns: list) -> str:
 COLUMNS = ('recipe', 'run', 'data', 'seed', 'reached', 'device', 'artifact', 'metric', 'value', 'delta', 'p95_ms', 'size_mb', 'verdict', 'overridden_gates', 'seconds', 'reason')
 
 def ledger_table(rows: list, columns: tuple = COLUMNS) -> str:
-    "The ledger as aligned text."
-    return text_table(rows, list(columns))
+    "The ledger as aligned text; long reasons are cut, and where a run has not ended well it says so."
+    short = [r | {'reason': r['reason'][:77] + '...'} if len(r.get('reason') or '') > 80 else r for r in rows]
+    unfinished = any(r.get('status') not in ('done', '', None) for r in rows) and 'status' not in columns
+    return text_table(short, [*columns[:2], *(['status'] if unfinished else []), *columns[2:]])

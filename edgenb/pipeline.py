@@ -32,6 +32,7 @@ def decode(image,             # path, bytes, PIL image, or uint8 array (height, 
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise EdgenbError(f'{name} has more pixels than is safe to decode: crop it first') from None
     except FileNotFoundError: raise EdgenbError(f'{name} does not exist') from None
+    except IsADirectoryError: raise EdgenbError(f'{name} is a folder: pass the files in it') from None
     except (OSError, SyntaxError, ValueError) as e:
         raise EdgenbError(f'{name} is damaged or cut short ({e}): remove or replace it') from None
     if opened.mode.startswith('I'):

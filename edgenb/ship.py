@@ -50,7 +50,9 @@ class Bundle:
 def check_bundle(path: str | Path) -> dict:   # the manifest
     "Read a bundle's manifest and check every file against it."
     path = Path(path)
-    if not (path/'manifest.json').is_file(): raise EdgenbError(f'{path} is not a bundle: it has no manifest.json')
+    if not (path/'manifest.json').is_file():
+        below = next(iter(sorted([*path.glob('bundle/manifest.json'), *path.glob('06-ship.*/bundle/manifest.json')])), None) if path.is_dir() else None
+        raise EdgenbError(f'{path} is not a bundle: it has no manifest.json' + (f'; the bundle is {below.parent}' if below else ''))
     def damaged(why): return EdgenbError(f'{path}/manifest.json {why}: copy the bundle again')
     try:
         text = (path/'manifest.json').read_text(encoding='utf-8')
@@ -90,7 +92,7 @@ def shippable(rows: list,            # of the parity report
     row = next((r for r in rows if r['artifact'] == artifact and r['runtime'] != 'torch'), None)
     if row is None: raise EdgenbError(f"ship: there is no artifact {artifact}; there are {', '.join(r['artifact'] for r in rows if r['runtime'] != 'torch')}")
     if row['verdict'] != 'pass' and row['verdict'] not in accept:
-        raise EdgenbError(f"ship: {artifact} is '{row['verdict']}' ({row['reason']})" + ('' if row['verdict'] == 'fail' else f"; pass accept=['{row['verdict']}'] (in a recipe: accept_verdicts) to ship it all the same, and the bundle will say so"))
+        raise EdgenbError(f"ship: {artifact} is '{row['verdict']}' ({row['reason']})" + ('' if row['verdict'] == 'fail' else f"; pass accept=['{row['verdict']}'] (of a recipe: -p accept_verdicts '{row['verdict']}') to ship it all the same, and the bundle will say so"))
     return row
 
 # %% ../nbs/06_ship.ipynb #2c37c3e3

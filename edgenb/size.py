@@ -209,9 +209,9 @@ def _defaults(path: Path) -> dict:
 
 def size_of_recipe(name: str) -> tuple:   # (ModelSize, measured rows)
     "The last finished run of a recipe; before there is one, the model it starts from."
-    from edgenb.mill import recipe
+    from edgenb.mill import recipe, smoked
     path, folder = recipe(name), settings().runs/name
-    done = [p.parent for p in sorted(folder.glob('*/05-verify.json'))] if folder.is_dir() else []
+    done = [p.parent for p in sorted(folder.glob('*/05-verify.json'), key=lambda p: p.stat().st_mtime) if not smoked(Run(p.parent))] if folder.is_dir() else []
     if done: return size_of_run(Run(done[-1]))
     default = _defaults(path)
     if default.get('model_name_or_path') == 'bundled:efficientnet-lite0': return size_of_lite0(default.get('size', 224)), []

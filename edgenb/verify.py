@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'BOUNDS', 'FIGURES', 'OTHER_RATE', 'accuracy', 'auc', 'detection_rate', 'false_positive_rate',
-           'find_metric', 'rate_interval', 'interval', 'paired_interval', 'Parity', 'parity', 'examples_needed',
-           'per_class', 'agreement', 'answers', 'language', 'over_units', 'measured', 'finite', 'over_budget', 'verify',
-           'by_group', 'load_scores', 'load_answers', 'parity_table', 'changes_table', 'choice_table']
+           'find_metric', 'rate_interval', 'interval', 'paired_interval', 'Parity', 'parity', 'fewest_examples',
+           'examples_needed', 'per_class', 'agreement', 'answers', 'language', 'over_units', 'measured', 'finite',
+           'over_budget', 'verify', 'by_group', 'load_scores', 'load_answers', 'parity_table', 'changes_table',
+           'choice_table']
 
 # %% ../nbs/05_verify.ipynb #19d77049
 import json, math, os, platform
@@ -169,6 +170,13 @@ def parity(reference,                    # callable from images to {'label', 'sc
     return Parity(metric, *interval(y, b, metric, confidence, seed, clusters), delta, low, high, len(y), flipped.tolist(), needed, verdict, reason)
 
 # %% ../nbs/05_verify.ipynb #3bdf87fa
+def fewest_examples(tolerance: float,            # loss that is still fine
+                    confidence: float = 0.95) -> int:
+    "Test examples below which nothing can be proven to lose at most `tolerance` accuracy, not even what decides each of them as the reference does (Tango 1998)."
+    within('fewest_examples', 1e-4, 0.9999, tolerance=tolerance)
+    from scipy.stats import norm
+    return math.ceil(norm.ppf((1 + confidence)/2)**2*(1 - tolerance)/tolerance)
+
 def examples_needed(claim: float,                # the rate to prove, e.g. 0.972
                     true_rate: float = 1.0,      # what the model really does
                     confidence: float = 0.95,    # of the one-sided exact (Clopper-Pearson) lower bound
@@ -393,7 +401,7 @@ def _row(a, kept, figures, y, pipeline, subjects, few, device, budgets, paramete
     row |= {'verdict': p.verdict, 'reason': p.reason, 'flipped': [subjects[i].id for i in p.flipped], 'needed': p.needed, 'per_class': per_class(y, kept['reference'], answer, pipeline.classes, confidence),
             'agreement': agreement(y, kept['reference'], answer) if np.isfinite(answer['score']).all() else None,
             'also': {m: dict(zip(('value', 'low', 'high'), interval(y, answer, m, confidence, seed, clusters))) for m in METRICS}}
-    if name == 'reference': row |= {'reason': 'what the others are compared with'}
+    if name == 'reference': row |= {'verdict': 'pass', 'reason': 'what the others are compared with'}   # few examples are no doubt about itself
     elif a['runtime'] != 'torch':
         row |= _judged(row, p, device, budgets, parameters, tolerance if p.metric == metric else other_tolerance)
         if a.get('refused'): row |= {'verdict': 'fail', 'reason': f"refused on validation examples: {a['refused']}" + ('' if p.verdict == 'pass' else f"; {row['reason']}"), 'over': {'validation': [None, None]}}   # test images do not choose
