@@ -1498,6 +1498,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'edgenb.ship.Bundle.embed': ('ship.html#bundle.embed', 'edgenb/ship.py'),
                              'edgenb.ship.Bundle.predict': ('ship.html#bundle.predict', 'edgenb/ship.py'),
                              'edgenb.ship._leaving': ('ship.html#_leaving', 'edgenb/ship.py'),
+                             'edgenb.ship._nameless': ('ship.html#_nameless', 'edgenb/ship.py'),
                              'edgenb.ship._portable': ('ship.html#_portable', 'edgenb/ship.py'),
                              'edgenb.ship.bundle_of': ('ship.html#bundle_of', 'edgenb/ship.py'),
                              'edgenb.ship.check_bundle': ('ship.html#check_bundle', 'edgenb/ship.py'),
