@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from .core import EdgenbError, did_you_mean
-from .decisions import Decisions
+from .decisions import Decision, Decisions
 
 # %% ../nbs/71_labels.ipynb #67bed960
 WORDS = {'confirm': 'kept', 'correct': 'relabelled', 'reject': 'left out', 'undo': 'taken back'}   # action of a decision -> what it does to a label
@@ -20,6 +20,14 @@ def mark(e) -> str:
     "What a decision about an example is filed under: its id, and the beginning of its digest."
     return f'{e.id[-180:]}@{e.sha256[:12]}'
 
+def _holds(e, by_content: dict, present: set, path) -> Decision | None:
+    "The decision about an example: its own, or that about a copy. A copy that was left out speaks for another only when it is gone itself: of two copies one may be left out."
+    others = by_content.get(e.sha256[:12], {})
+    if mark(e) in others: return others[mark(e)]
+    others = [d for m, d in others.items() if d.action != 'reject' or m not in present]
+    if len({d.after for d in others}) > 1: raise EdgenbError(f"{path}: {e.id} has copies that were decided on differently ({', '.join(f'{d.note.rpartition(chr(64))[0]}: ' + (d.after or 'left out') for d in others[:4])}): decide on them alike in edgenb.panel.triage, or take {e.id} out of the source")
+    return others[-1] if others else None
+
 def apply_decisions(examples: list,   # of Example, frozen
                     path: str | Path, # of the decisions
                     classes: list     # that there are
@@ -27,18 +35,18 @@ def apply_decisions(examples: list,   # of Example, frozen
     "Examples with the labels that people decided on, without those they left out."
     if not Path(path).is_file(): raise EdgenbError(f'{path} does not exist: it is the file that edgenb.panel.triage names')
     decisions = Decisions(path)
-    standing = {d.note.rpartition('@')[2]: d for d in decisions.standing()}   # of copies, what was decided last
-    result, kept, found = [], [], Counter()
+    standing, present = {}, {mark(e) for e in examples}
+    for d in decisions.standing(): standing.setdefault(d.note.rpartition('@')[2], {})[d.note] = d
+    result, kept, reviewed, found = [], [], [], Counter()
     for i, e in enumerate(examples):
-        d = standing.get(e.sha256[:12])
+        d = _holds(e, standing, present, path)
         if d is not None:
-            found[WORDS[d.action]] += 1
+            found['left out' if d.action == 'reject' else 'kept' if d.after == e.label else 'relabelled'] += 1   # the source may have another label than when it was decided on
             if d.action == 'reject': continue
             if d.after not in classes: raise EdgenbError(f'{path}: {d.who} gave {e.id} the label {d.after}, a class the data does not have.{did_you_mean(d.after, classes)}')
-        result.append(e if d is None else replace(e, label=d.after, probability=None if d.after != e.label else e.probability)); kept.append(i)
-    reviewed = np.array([e.sha256[:12] in standing for e in result], bool)
+        result.append(e if d is None else replace(e, label=d.after, probability=None if d.after != e.label else e.probability)); kept.append(i); reviewed.append(d is not None)
     there = {e.sha256[:12] for e in examples}
-    return result, np.array(kept, int), reviewed, {'file': Path(path).name, **{w: found[w] for w in ('kept', 'relabelled', 'left out')}, 'not among these': sum(k not in there for k in standing), 'actions': decisions.actions(str)}
+    return result, np.array(kept, int), np.array(reviewed, bool), {'file': Path(path).name, **{w: found[w] for w in ('kept', 'relabelled', 'left out')}, 'not among these': sum(len(some) for k, some in standing.items() if k not in there), 'actions': decisions.actions(str)}
 
 def decision_table(told: dict   # `decisions` of the data room's result
                   ) -> str:

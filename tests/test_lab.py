@@ -117,6 +117,53 @@ def test_decisions_survive_and_the_next_entry_of_data_applies_and_lists_them(sus
     assert card.result['certificate']['reviewed'] == 2 and not {kept.name, relabelled.name} & {i.name for i in triage(again).state.items if 'label may be wrong' in i.why and ';' not in i.why}
 
 
+@pytest.fixture
+def record(tmp_path):
+    "Decisions about examples, written by a function of (example, action, label)."
+    from edgenb.decisions import Decisions
+    from edgenb.labels import mark
+    record = Decisions(tmp_path/'labels.jsonl')
+    def decide(e, action, after=None): record.add(mark(e), 'Ada', action, (e.label, 0.2), after, 1 if action == 'confirm' else None, model='data:x', seconds=1.0)
+    return record.path, decide
+
+
+def copies(*names):
+    "Examples with the same content, each labelled as its folder is called."
+    from edgenb.data import Example
+    return [Example(n, n, n.split('/')[0], sha256='a'*64) for n in names]
+
+
+def test_an_image_that_was_kept_stays_when_its_copy_is_left_out(record):
+    from edgenb.labels import apply_decisions
+    path, decide = record
+    first, second, third = copies('A/1.png', 'B/1.png', 'A/2.png')
+    decide(second, 'reject')
+    assert [e.id for e in apply_decisions([first, second], path, ['A', 'B'])[0]] == ['A/1.png']               # one of two copies
+    decide(first, 'confirm', 'A')
+    decide(second, 'reject')
+    stay, places, reviewed, told = apply_decisions([first, second, third], path, ['A', 'B'])
+    assert [e.id for e in stay] == ['A/1.png', 'A/2.png'] and places.tolist() == [0, 2] and reviewed.all() and (told['kept'], told['left out']) == (2, 1)
+
+
+def test_a_decision_about_an_image_that_was_moved_counts_as_what_it_does(record):
+    from edgenb.labels import apply_decisions
+    path, decide = record
+    old, new = copies('A/1.png', 'B/1.png')
+    decide(old, 'confirm', 'A')
+    stay, _, _, told = apply_decisions([new], path, ['A', 'B'])
+    assert stay[0].label == 'A' and (told['kept'], told['relabelled']) == (0, 1)
+
+
+def test_copies_that_were_decided_on_differently_say_nothing_about_a_third(record):
+    from edgenb.core import EdgenbError
+    from edgenb.labels import apply_decisions
+    path, decide = record
+    first, second, third = copies('A/1.png', 'B/1.png', 'A/2.png')
+    decide(first, 'confirm', 'A'); decide(second, 'confirm', 'B')
+    assert [e.label for e in apply_decisions([first, second], path, ['A', 'B'])[0]] == ['A', 'B']
+    with pytest.raises(EdgenbError, match=r'A/2.png has copies that were decided on differently \(A/1.png: A, B/1.png: B\)'): apply_decisions([first, second, third], path, ['A', 'B'])
+
+
 def test_a_further_decision_makes_the_data_room_work_again_and_the_same_ones_do_not(suspicious, tmp_path):
     from edgenb.data import data
     panel, _ = decided_about(suspicious)
