@@ -61,10 +61,12 @@ def command_run(args):
     "run a recipe as a batch job"
     import json
     from edgenb.mill import parameters, recipe, run_recipe, summary
+    from edgenb.workspace import is_copy
     _lean()
     if args.help_notebook:
         for p in parameters(recipe(args.recipe)).values(): print(f'{p.name}: {p.type} = {p.default!r}\n    {p.help}')
         return
+    if said := is_copy(args.recipe): print(f'edgenb: {said}', file=sys.stderr)
     run = run_recipe(args.recipe, _given(args), log_output=args.log_output, prepare_only=args.prepare_only, timeout=args.timeout, progress=not args.no_progress)
     row = summary(run)
     if not args.json:

@@ -270,6 +270,35 @@ def test_a_wrong_name_is_refused_in_one_line_and_nothing_is_written(args, says, 
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
+TOY = """import json
+from edgenb.workspace import copy_recipe
+path, said = copy_recipe('wafer')
+notebook = json.loads(path.read_text())
+cell = next(c for c in notebook['cells'] if 'parameters' in c['metadata'].get('tags', []))
+notebook['cells'] = [{**notebook['cells'][0], 'source': '# Mine\\n\\n> My own wafers.'}, cell]
+path.write_text(json.dumps(notebook))"""
+
+
+@pytest.mark.parametrize('settings, place', [(True, 'recipes/wafer.ipynb'), (False, 'wafer.ipynb')])
+def test_a_recipe_that_was_opened_and_changed_is_the_one_that_runs_and_says_so(settings, place, tmp_path, monkeypatch):
+    from edgenb.mill import recipe, recipes
+    from edgenb.workspace import copy_recipe, new_recipe, sources
+    if settings: (tmp_path/'settings.ini').write_text('')
+    monkeypatch.chdir(tmp_path)
+    exec(TOY, {})
+    copy = tmp_path.resolve()/place
+    assert recipe('wafer') == copy and set(recipes()) == set(recipes(root))
+    done = call('run', 'wafer', '--prepare-only', '--no-progress', '-p', 'output_dir', tmp_path/'runs'/'x', cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr.strip() == f'edgenb: {copy} is run, your copy of the recipe wafer, which has changes' and '# Mine' in (tmp_path/'runs'/'x'/'wafer.ipynb').read_text(), done.stderr
+    assert 'My own wafers.' in call('recipes', cwd=tmp_path).stdout
+    assert copy_recipe('wafer') == (copy, f'{copy} is there already and differs from the recipe: opened as it is (--overwrite replaces it)')
+    made = new_recipe('solder', 'wafer')
+    assert [s for _, s in sources(made)][0].startswith('# Solder') and '`wafer.ipynb`, a copy of the recipe,' in sources(made)[1][1] and len(sources(made)) == 3
+    assert copy_recipe('wafer', overwrite=True) == (copy, f'copied to {copy}') and len(sources(copy)) > 3 and copy_recipe('wafer')[1].endswith('unchanged')
+    (tmp_path/'nbs'/'recipes'/'wafer.ipynb').write_bytes(made.read_bytes())              # a recipe of the workspace itself comes first
+    assert recipe('wafer') == tmp_path.resolve()/'nbs'/'recipes'/'wafer.ipynb' and 'wafer.ipynb is your own' in copy_recipe('wafer')[1] and 'your copy' not in call('run', 'wafer', '-p', 'sede', '1', cwd=tmp_path).stderr
+
+
 def test_opening_without_jupyterlab_says_what_to_install(tmp_path):
     code = "import sys; sys.modules['jupyterlab'] = None\nfrom edgenb.cli import main\nimport importlib.util as u; real = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'jupyterlab' else real(n, *a)\nsys.exit(main(['open', 'wafer']))"
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(root)})
