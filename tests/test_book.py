@@ -130,6 +130,19 @@ def test_unknown_outputs_leave_their_text_or_nothing():
     assert [o['data'] for o in cell['outputs']] == [{'text/plain': 'four'}]
 
 
+@pytest.mark.parametrize('printed', ['| a |\n|---|\n| <script>alert(1)</script> |', '<img src=x onerror=alert(1)>', '\\`<b onclick=x>\\`', '```{=html}\n<script>alert(1)</script>\n```', 'x `<b>`{=html}', '[x]{onclick=alert(1)}', '# x {onclick=alert(1)}', '~~~ {=html}\n<i>\n~~~'])
+def test_markdown_that_code_has_printed_brings_no_html_into_the_page(printed):
+    markdown = pytest.importorskip('smalldocs.markdown')
+    cell, = body(made(code('x', shown(text__markdown=printed))))
+    told = cell['outputs'][0]['data']['text/markdown']
+    assert not re.search(r'<(script|img|b)\b|<i>|<[^>]*onclick', markdown.make_parser().render(told)), told
+
+
+def test_markdown_that_code_has_printed_keeps_its_marks_and_its_code():
+    cell, = body(made(code('x', shown(text__markdown='**5 < 6** and `a<b>`, a\\<b, <3'))))
+    assert cell['outputs'][0]['data']['text/markdown'] == '**5 < 6** and `a<b>`, a\\<b, <3'
+
+
 @pytest.mark.parametrize('link, becomes', [('[a](21_other.ipynb)', '[a](/other.ipynb)'), ('[a](nbs/21_other.ipynb#x)', '[a](/other.ipynb#x)'), ('[`a`](21_other.ipynb)', '[`a`](/other.ipynb)'), ('[a](../CONTRIBUTING.md)', '[a](/contributing.md)'),
                                            ('[a](https://x.org/y.ipynb)', '[a](https://x.org/y.ipynb)'), ('[a](#here)', '[a](#here)'), ('[a](certificate.html)', '[a](certificate.html)'), ('`[a](21_other.ipynb)`', '`[a](21_other.ipynb)`'),
                                            ('```\n[a](21_other.ipynb)\n```', '```\n[a](21_other.ipynb)\n```')])

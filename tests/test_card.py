@@ -111,6 +111,11 @@ def test_neither_who_decided_about_labels_nor_a_file_of_theirs_is_in_what_is_pus
     assert left['result']['decisions'] == {'kept': 0, 'relabelled': 0, 'left out': 1, 'not among these': 0, 'actions': 1} and left['asked']['decisions'] == 'digest ' + 'd'*64 == f"digest {left['read']['decisions']}"
 
 
+def test_a_class_called_like_a_tag_is_words_in_the_card(toy_run):
+    text = card_text(facts(toy_run) | {'classes': ['clean', '<img src=x>|']})
+    assert r'clean, \<img src=x>\|' in text
+
+
 @pytest.mark.parametrize('name', ['toy', 'a/b/c', 'https://hub/me', 'me/to y', ''])
 def test_a_push_to_what_is_no_repository_sends_nothing(name, toy_run, tmp_path):
     hub = Hub()

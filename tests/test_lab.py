@@ -145,6 +145,17 @@ def test_an_image_that_was_kept_stays_when_its_copy_is_left_out(record):
     assert [e.id for e in stay] == ['A/1.png', 'A/2.png'] and places.tolist() == [0, 2] and reviewed.all() and (told['kept'], told['left out']) == (2, 1)
 
 
+def test_a_name_in_the_table_of_decisions_is_words_and_breaks_no_row(record):
+    from markdown_it import MarkdownIt
+    from edgenb.decisions import Decisions
+    from edgenb.labels import decision_table
+    path, _ = record
+    Decisions(path).add('x|<img src=x onerror=alert(1)>`\\|.png@aaaaaaaaaaaa', 'Ada|<b>', 'correct', ('<i>a|b', 0.1), 'c&lt;', None, model='m', seconds=1.0)
+    told = {'kept': 0, 'relabelled': 1, 'left out': 0, 'not among these': 0, 'actions': Decisions(path).actions(str)}
+    made = MarkdownIt('commonmark', {'html': True}).enable('table').render(decision_table(told))
+    assert not any(t in made for t in ('<img', '<b>', '<i>', '<code>')) and made.count('<td') == 6 and '<td>x|&lt;img src=x onerror=alert(1)&gt;`\\|.png</td>' in made and '<td>c&amp;lt;</td>' in made
+
+
 def test_a_decision_about_an_image_that_was_moved_counts_as_what_it_does(record):
     from edgenb.labels import apply_decisions
     path, decide = record
