@@ -1649,6 +1649,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'edgenb.triage.coverage': ('triage.html#coverage', 'edgenb/triage.py'),
                                'edgenb.triage.decided_html': ('triage.html#decided_html', 'edgenb/triage.py'),
                                'edgenb.triage.desk_widget': ('triage.html#desk_widget', 'edgenb/triage.py'),
+                               'edgenb.triage.from_here': ('triage.html#from_here', 'edgenb/triage.py'),
                                'edgenb.triage.groups_of': ('triage.html#groups_of', 'edgenb/triage.py'),
                                'edgenb.triage.look_alikes': ('triage.html#look_alikes', 'edgenb/triage.py'),
                                'edgenb.triage.problems_of': ('triage.html#problems_of', 'edgenb/triage.py'),

@@ -304,6 +304,15 @@ def test_a_page_that_fails_is_shown_with_its_error(small):
     assert 'This page stopped with an error' in text and 'ZeroDivisionError' in text and '<code>never' not in text
 
 
+def test_an_error_above_a_page_names_no_folder_of_this_machine(tmp_path):
+    pytest.importorskip('smalldocs')
+    e = book.Entry(ROOT/'nbs'/'00_core.ipynb', 'core', 'core', 'Start')
+    facts = {'ok': False, 'error': f'EdgenbError: {ROOT}/runs/x is not a run', 'started': '2026-01-31T10:00:00+00:00', 'seconds': 1.0, 'environment': {'python': '3.11.9', 'system': 'Linux', 'machine': 'x86_64', 'cpus': 2, 'libraries': {}}}
+    book.assemble([e], {'core': notebook(words('# Core'), book=facts)}, tmp_path/'site', tmp_path/'cache', tmp_path/'out', api=False)
+    page = (tmp_path/'site'/'core.ipynb').read_text()
+    assert 'EdgenbError: runs/x is not a run' in page and str(ROOT) not in page
+
+
 def test_a_recipe_page_says_when_and_where_and_a_smoke_page_that_it_means_nothing():
     e = book.Entry(ROOT/'nbs'/'recipes'/'wafer.ipynb', 'recipes/wafer', 'Wafer', 'Recipes')
     facts = {'ok': True, 'error': '', 'started': '2026-01-31T10:00:00+00:00', 'seconds': 600.0, 'data': 'real', 'run': 'wafer/x', 'machines': [('Linux-6.1-x86_64', 2)], 'environment': {'python': '3.11.9', 'system': 'Linux', 'machine': 'x86_64', 'cpus': 2, 'libraries': {'torch': '2.9', 'cleanlab': '1'}}}

@@ -35,6 +35,21 @@ def test_every_panel_has_a_page_without_scripts_or_requests_and_with_words_for_i
     assert not list(own.path.parent.glob('*.jsonl'))          # who only looks leaves nothing
 
 
+def test_a_page_of_decisions_says_where_they_are_without_the_folders_of_this_machine(own, tmp_path, monkeypatch):
+    from edgenb.panel import gallery
+    for where, said in ((tmp_path, 'runs/toy/'), (root, '…/')):
+        monkeypatch.chdir(where)
+        panel = gallery(own, who='Ada')
+        panel.state.keep()
+        page = panel.html()
+        assert f'decided in {said}field.jsonl' in page and f'decisions=&#x27;{said}field.jsonl&#x27;' in page and str(tmp_path) not in page
+
+
+def test_a_page_of_runs_is_not_titled_with_the_folders_of_this_machine(own, tmp_path):
+    done = call('compare', tmp_path/'runs', '--html', tmp_path/'all.html', cwd=root)
+    assert done.returncode == 0 and '<h1>Runs in runs</h1>' in (tmp_path/'all.html').read_text() and str(tmp_path) not in (tmp_path/'all.html').read_text(), done.stderr
+
+
 def controls(widget):
     if hasattr(widget, 'children'):
         for c in widget.children: yield from controls(c)
@@ -105,6 +120,7 @@ def test_decisions_survive_and_the_next_entry_of_data_applies_and_lists_them(sus
     from edgenb.panel import triage
     panel, (kept, relabelled, dropped) = decided_about(suspicious)
     path = suspicious.path.parent/'labels.jsonl'
+    assert 'decided in …/labels.jsonl' in panel.html() and str(tmp_path) not in panel.html()
     assert path.exists() and triage(suspicious, who='Ben').state.decided == 3    # another day, another person
     before = {e.id: e for e in examples_of(suspicious, 'all')}
     again = Run.start('toy', tmp_path/'runs')
