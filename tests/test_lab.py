@@ -238,6 +238,20 @@ def test_the_sliders_move_verdicts_and_choice(own):
     assert panel.state.artifact == own.card('verify').result['chosen']
 
 
+def test_the_sliders_start_at_a_budget_of_many_digits(own, monkeypatch):
+    from dataclasses import replace
+    from edgenb.core import Run
+    from edgenb.panel import budget
+    card = own.card('verify')
+    odd = replace(card, asked=card.asked | {'latency_budget_ms': 1000/60, 'size_budget_mb': 16.6667})
+    monkeypatch.setattr(Run, 'card', lambda run, room: odd)
+    panel = budget(own)
+    panel.box
+    assert panel.parts['latency_budget_ms'].value == 1000/60 and panel.parts['size_budget_mb'].value == 16.6667
+    panel.parts['latency_budget_ms'].value = 0.0; panel.parts['reset'].click()
+    assert panel.parts['latency_budget_ms'].value == 1000/60
+
+
 def train_choices(run): return dict(method='head', size=64, num_train_epochs=200, patience=200, head_learning_rate=0.004, accept_gates=[g['gate'] for g in run.card('data').result['certificate']['gates'] if not g['passed']])
 
 
