@@ -30,15 +30,15 @@ def shipped(run: Run) -> Run:
     raise EdgenbError(f"{run.path} has not shipped, and only what has shipped gets a card: enter {missing[0]}" + (f', then {missing[-1]}' if len(missing) > 1 else '') + (f' ({why})' if why and missing == ['ship'] else ''))
 
 # %% ../nbs/76_card.ipynb #69abf71c
-def _base(asked: dict) -> tuple:   # (words, hub id or None, licence or '')
-    "What the model was started from."
+def _base(asked: dict, read: dict) -> tuple:   # (words, hub id or None, licence or '')
+    "What the model was started from: of a folder the tune room has read a digest, of what came from the hub none."
     from edgenb.weights import bundled
     name = str(asked.get('model_name_or_path') or '')
     if name.startswith('bundled:'):
         row = bundled().get(name.removeprefix('bundled:'), {})
         return row.get('upstream') or row.get('what') or name, None, row.get('licence', '')
     if not name: return 'weights of an earlier run' if asked.get('base') or asked.get('start_from') else 'nothing: trained from scratch', None, ''
-    if not Path(name).exists() and re.fullmatch(r'[\w.-]+/[\w.-]+', name): return name, name, ''
+    if 'base' not in read and re.fullmatch(r'[\w.-]+/[\w.-]+', name): return name, name, ''
     return 'a local folder', None, ''
 
 def _source(asked: dict, kind: str) -> tuple:   # (name, licence or '')
@@ -55,7 +55,7 @@ def facts(run: Run) -> dict:
     from edgenb.ship import bundle_of, check_bundle
     data, tune, verify, ship = (shipped(run).card(r) for r in ('data', 'tune', 'verify', 'ship'))
     manifest, pipeline = check_bundle(bundle_of(run)), Pipeline.load(run.file('tune', 'pipeline.json'))
-    base, hub, base_licence = _base(tune.asked)
+    base, hub, base_licence = _base(tune.asked, tune.read)
     source, source_licence = _source(data.asked, data.data)
     row = next(r for r in verify.result['rows'] if r['artifact'] == ship.result['artifact'])
     decide = next((s for s in reversed(pipeline.steps) if s['step'] in ('decide', 'rank')), {})

@@ -116,6 +116,15 @@ def test_a_class_called_like_a_tag_is_words_in_the_card(toy_run):
     assert r'clean, \<img src=x>\|' in text
 
 
+@pytest.mark.parametrize('read, base', [({'base': 'd'*64}, ('a local folder', None, '')), ({}, ('models/my-vit', 'models/my-vit', ''))])
+def test_a_folder_of_weights_is_no_hub_id_wherever_the_card_is_made(read, base, tmp_path, monkeypatch):
+    from edgenb.card import _base
+    monkeypatch.chdir(tmp_path)                                  # where there is no such folder
+    assert _base({'model_name_or_path': 'models/my-vit'}, read | {'data': 'e'*64}) == base
+    (tmp_path/'models'/'my-vit').mkdir(parents=True)             # nor does one that is there now change what was done
+    assert _base({'model_name_or_path': 'models/my-vit'}, read | {'data': 'e'*64}) == base
+
+
 @pytest.mark.parametrize('name', ['toy', 'a/b/c', 'https://hub/me', 'me/to y', ''])
 def test_a_push_to_what_is_no_repository_sends_nothing(name, toy_run, tmp_path):
     hub = Hub()
