@@ -55,14 +55,14 @@ def gallery(run,                 # a Run in which `learn` was entered, or its pa
             who: str = '',       # decides; default: who is logged in
            ) -> Panel:
     "Images from the field with what the bundle decided: confirm, correct or leave out, by key."
-    from edgenb.learn import asked_as
+    from edgenb.learn import asked_as, name_there
     from edgenb.pipeline import decode
     from edgenb.ship import bundle_of, load_bundle
     run = as_run(run)
     card = run.card('learn')
     if not any(p.endswith('/new_examples/examples.jsonl') for p in card.wrote): raise EdgenbError(f'gallery: the learn room of {run.path} asks about no images')
     path, shift, field = Path(decisions or run.pool.parent/'field.jsonl'), card.asked['shift'], {}
-    for e in load_examples(run.file('data', 'examples.jsonl')): field.setdefault(asked_as(e, shift).rpartition('@')[0], asked_as(e, shift))
+    for e in load_examples(run.file('data', 'examples.jsonl')): field.setdefault(name_there(e, shift), asked_as(e, shift))
     asked, bundle = load_examples(run.file('learn', 'new_examples/examples.jsonl')), load_bundle(bundle_of(run))
     if not asked: return Panel('gallery', lambda: ['<p>learn asks about no image.</p>'], _nothing)
     classes, zero = list(bundle.pipeline.classes), bundle.pipeline.negative

@@ -15,7 +15,7 @@ from typing import Callable
 import numpy as np
 from .core import EdgenbError, Run, did_you_mean, settings
 from .data import examples_of
-from .decisions import Decision, Decisions
+from .decisions import LABEL, Decision, Decisions
 from .labels import WORDS, mark
 from .panel import Panel, as_html, contact_sheet, on_key, picture, table
 
@@ -42,12 +42,13 @@ class Desk:
 
     def __init__(self, items: list, classes: list, path: str | Path, who: str, model: str):
         if len({i.id for i in items}) < len(items): raise EdgenbError('desk: two items have the same id')
+        if odd := [c for c in classes if not 0 < len(c) <= LABEL or not c.isprintable() or c != c.strip()]: raise EdgenbError(f'desk: the class {odd[0][:60]!r} cannot go on record: a label is one line of 1 to {LABEL} characters, without a space at its ends; rename its folder')
         self.items, self.classes, self.path, self.who, self.model, self.message, self._order, self._decisions = items, list(classes), Path(path), who, model, '', [], None
         self._show(self._open_after(-1) or 0)
 
     @property
     def decisions(self) -> Decisions:
-        if self._decisions is None: self._decisions = Decisions(self.path)
+        if self._decisions is None: self._decisions = Decisions(self.path, LABEL)
         return self._decisions
 
     def state(self, item: Item) -> Decision | None:

@@ -172,6 +172,28 @@ def test_a_name_in_the_table_of_decisions_is_words_and_breaks_no_row(record):
     assert not any(t in made for t in ('<img', '<b>', '<i>', '<code>')) and made.count('<td') == 6 and '<td>x|&lt;img src=x onerror=alert(1)&gt;`\\|.png</td>' in made and '<td>c&amp;lt;</td>' in made
 
 
+@pytest.mark.parametrize('name', ['A/bell\x07.png', 'A/two\nlines.png', ' spaced.png', 'x'*300, 'A/b\udce9.png'])
+def test_an_image_of_any_name_and_a_class_of_any_length_can_be_decided_on(name, tmp_path):
+    from edgenb.labels import apply_decisions, mark
+    from edgenb.learn import asked_as, name_there, reviewed
+    from edgenb.triage import Desk, Item
+    from dataclasses import replace
+    long, e = 'dented at the rim, seen from above, under the second lamp', replace(copies('A/1.png')[0], id=name)
+    for file, key in (('labels.jsonl', mark(e)), ('field.jsonl', asked_as(e, ''))):
+        desk = Desk([Item(key, name, 'A', 0.2, 'why', str)], ['A', long], tmp_path/file, 'Ada', 'data:x')
+        desk.relabel(long)
+        assert desk.decided == 1
+    assert [x.label for x in apply_decisions([e], tmp_path/'labels.jsonl', ['A', long])[0]] == [long]
+    assert reviewed([e], '', str(tmp_path/'field.jsonl'), ['A', long])[0] == {0: long} and name_there(e, '').startswith(name.replace('/', '-'))
+
+
+@pytest.mark.parametrize('label', ['x'*201, 'two\nlines', ' A', ''])
+def test_a_class_that_cannot_go_on_record_is_refused_before_anybody_decides(label, tmp_path):
+    from edgenb.core import EdgenbError
+    from edgenb.triage import Desk, Item
+    with pytest.raises(EdgenbError, match='rename its folder'): Desk([Item('a', 'a', 'A', 0.2, 'why', str)], ['A', label], tmp_path/'x.jsonl', 'Ada', 'data:x')
+
+
 def test_a_decision_about_an_image_that_was_moved_counts_as_what_it_does(record):
     from edgenb.labels import apply_decisions
     path, decide = record
