@@ -1617,6 +1617,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'edgenb.training.Window.follow': ('training.html#window.follow', 'edgenb/training.py'),
                                  'edgenb.training.Window.stop': ('training.html#window.stop', 'edgenb/training.py'),
                                  'edgenb.training._until_done': ('training.html#_until_done', 'edgenb/training.py'),
+                                 'edgenb.training.goes_on': ('training.html#goes_on', 'edgenb/training.py'),
                                  'edgenb.training.history_table': ('training.html#history_table', 'edgenb/training.py'),
                                  'edgenb.training.in_words': ('training.html#in_words', 'edgenb/training.py'),
                                  'edgenb.training.progress_of': ('training.html#progress_of', 'edgenb/training.py'),

@@ -304,6 +304,50 @@ def test_a_stopped_training_goes_on_where_it_was(toy_images, toy_run, tmp_path, 
     assert 'going on after epoch' in capsys.readouterr().out
 
 
+def test_a_training_that_goes_on_is_shown_although_another_was_finished_before(own):
+    import shutil
+    from edgenb import training as room
+    key, card = '0123abcd89ef0123', own._card_path('tune')
+    out, work = own.path/f'02-tune.{key[:8]}', own.pool/f'02-tune.{key}.work'
+    out.mkdir(); work.mkdir()
+    state = {'history': [], 'epochs': 7, 'step': 3, 'steps': 10, 'recent': [[0.1, 0.7], [0.9, 0.6]], 'time': time.time()}
+    (work/'progress.json').write_text(json.dumps(state))
+    now = time.time()
+    def at(when, *paths):
+        for p in paths: os.utime(p, (now + when, now + when))
+    at(1000, out, work); at(2000, card)
+    assert 'epoch 1 of 7' not in room.training(own).html()                      # killed before the one that was finished
+    at(3000, out, work)
+    assert 'epoch 1 of 7, step 3 of 10' in room.training(own).html()
+    class Told(threading.Event):
+        said = ''
+        over = property(lambda self: self)
+        def close(self, said): self.said = said; self.set()
+    for last, said in ((lambda: shutil.rmtree(out), 'Ended.'), (lambda: at(4000, card), 'Finished.')):
+        out.mkdir(exist_ok=True); at(2000, card); at(3000, out, work)
+        window = Told()
+        follower = threading.Thread(target=room._until_done, args=(own, window, 0.01)); follower.start()
+        assert not window.wait(0.1)                                             # the old card is no end
+        last()
+        follower.join(10)
+        assert window.said.startswith(said)
+
+
+def test_the_window_draws_a_figure_only_when_there_is_something_new(tmp_path, monkeypatch):
+    from edgenb import training as room
+    drawn = []
+    monkeypatch.setattr(room, 'figure_html', lambda figure, alt: drawn.append(alt) or alt)
+    state = {'history': [], 'epochs': 7, 'step': 3, 'steps': 10, 'recent': [[0.1, 0.7]], 'time': time.time()}
+    def write(**new): (tmp_path/'progress.json').write_text(json.dumps(state | new))
+    write()
+    window = room.Window(lambda: tmp_path)
+    window.draw(); window.draw()
+    assert len(drawn) == 1
+    write(step=4)
+    window.draw(); window.draw()
+    assert len(drawn) == 2 and 'step 4' in window.status.value
+
+
 def test_an_interrupt_of_the_kernel_is_one_line_that_says_the_way_out(own, monkeypatch):
     from edgenb import tune
     from edgenb.core import EdgenbError
