@@ -81,8 +81,12 @@ def checked_name(name: str) -> str:
 def _with_defaults(source: str, values: dict) -> str:
     "A parameters cell with other defaults."
     for name, value in values.items():
-        source, n = re.subn(rf'^({re.escape(name)}\s*(?::[^=\n]+)?=\s*)(.*?)(\s+#.*)?$', lambda m: m[1] + repr(value) + (m[3] or ''), source, count=1, flags=re.M)
-        if not n: raise EdgenbError(f'parameter {name} has no line of its own in the parameters cell: set it there by hand')
+        node = next((n.value for n in ast.parse(source).body if isinstance(n, (ast.Assign, ast.AnnAssign)) and n.value and getattr(n.targets[0] if isinstance(n, ast.Assign) else n.target, 'id', '') == name), None)
+        if node is None: raise EdgenbError(f'parameter {name} has no line of its own in the parameters cell: set it there by hand')
+        lines = source.encode().split(b'\n')   # the places in a tree count bytes
+        first, last = node.lineno - 1, node.end_lineno - 1
+        lines[first:last + 1] = [lines[first][:node.col_offset] + repr(value).encode() + lines[last][node.end_col_offset:]]
+        source = b'\n'.join(lines).decode()
     ast.parse(source)
     return source
 

@@ -406,6 +406,13 @@ def test_a_recipe_that_was_opened_and_changed_is_the_one_that_runs_and_says_so(s
     assert recipe('wafer') == tmp_path.resolve()/'nbs'/'recipes'/'wafer.ipynb' and 'wafer.ipynb is your own' in copy_recipe('wafer')[1] and 'your copy' not in call('run', 'wafer', '-p', 'sede', '1', cwd=tmp_path).stderr
 
 
+@pytest.mark.parametrize('line, becomes', [("x: str = 'a #b'  # c", "x: str = 'new'  # c"), ('x: list = [\n  "é",  # first\n  "b"]  # all', "x: list = 'new'  # all"), ("x = 'é'; y = 2", "x = 'new'; y = 2"),
+                                           ("x = (\n  'a'\n  'b')", "x = (\n  'new')"), ("x: str = 'a # b'", "x: str = 'new'")])
+def test_a_new_default_takes_the_place_of_the_old_one_and_of_nothing_else(line, becomes):
+    from edgenb.workspace import _with_defaults
+    assert _with_defaults(f'# all\nbefore: int = 1  # x = 3\n{line}\nafter = "x = 1"', {'x': 'new'}) == f'# all\nbefore: int = 1  # x = 3\n{becomes}\nafter = "x = 1"'
+
+
 def test_opening_without_jupyterlab_says_what_to_install(tmp_path):
     code = "import sys; sys.modules['jupyterlab'] = None\nfrom edgenb.cli import main\nimport importlib.util as u; real = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'jupyterlab' else real(n, *a)\nsys.exit(main(['open', 'wafer']))"
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(root)})
