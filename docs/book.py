@@ -369,9 +369,9 @@ def assemble(found: list, made: dict, site: Path, cache: Path, out: Path, api: b
             text = relink(e.source.read_text(encoding='utf-8'), name(e), pages, problems)
             target.write_text(text, encoding='utf-8')
             continue
-        nb = made[e.target]
+        nb = at_home(made[e.target])
         above, below = around(e, nb.get('metadata', {}).get('book', {}))
-        p = page(at_home(nb), name(e), e.target, pages, symbols, '\n\n'.join(filter(None, [open_elsewhere(e), above])), below, title='' if e.target != 'overview' else 'Overview')
+        p = page(nb, name(e), e.target, pages, symbols, '\n\n'.join(filter(None, [open_elsewhere(e), above])), below, title='' if e.target != 'overview' else 'Overview')
         target.write_text(json.dumps(p.notebook, ensure_ascii=False), encoding='utf-8')
         assets |= p.assets; problems += p.problems
     if any(a.startswith('plots/') for a in assets): assets['static/plotly.min.js'] = plotly.offline.get_plotlyjs().encode()

@@ -67,6 +67,16 @@ def relink(text: str, source: str, pages: dict, problems: list) -> str:
     return re.sub(r'(\[`[^`\]\n]+`\])\(([^()\s]+)\)', one, joined)
 
 
+def harmless(text: str) -> str:
+    "Markdown that code has printed, its raw HTML as words: a file's name or a label may be in it."
+    text = re.sub(r'^([ >]*(?:`{3,}|~{3,})[^\n{]*)\{[^\n]*$', r'\1', text, flags=re.M)   # ```{=html}
+    parts = re.split(r'(^ {0,3}```.*?^ {0,3}```[^\n]*$|(?<![\\`])`[^`\n]+`(?!`))', text, flags=re.S | re.M)   # code stays as it is
+    for n in range(0, len(parts), 2):
+        parts[n] = re.sub(r'(?<!\\)<(?=[A-Za-z/!?<])', '&lt;', parts[n])
+        parts[n] = re.sub(r'(?:\A|(?<=[\])`*_]))\{|\{(?=[^{}\n]*\}\s*$)', '&#123;', parts[n], flags=re.M)   # attributes, of which onclick is one
+    return ''.join(parts)
+
+
 def signature(node) -> str:
     "A function's or class's name and arguments, without types."
     if isinstance(node, ast.ClassDef): return node.name
@@ -169,6 +179,7 @@ def output(out: dict, state: dict, up: str, assets: dict, live: list) -> dict | 
         shown = f'<img src="{up}{picture(data[mime], mime, assets)}" class="img-fluid" alt="{html.escape(alt or "Picture made by the cell above")}" loading="lazy">'
     if shown is None:
         keep = {k: v for k, v in data.items() if k in ('text/html', 'text/markdown', 'image/svg+xml', 'text/latex', 'text/plain')}
+        if 'text/markdown' in keep: keep['text/markdown'] = harmless(text_of(keep['text/markdown']))
         return {'output_type': 'display_data', 'metadata': {}, 'data': keep} if keep else None
     return {'output_type': 'display_data', 'metadata': {}, 'data': {'text/html': shown}}
 

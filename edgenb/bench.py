@@ -57,7 +57,7 @@ def steps(rows: list, figure: str, asked: float) -> list:   # of (label, limit),
     up = lambda v: math.ceil(v*10**(3 - math.ceil(math.log10(v))))/10**(3 - math.ceil(math.log10(v))) if v > 0 else 0.001   # three digits, so that the artifact fits
     low, high = min(figures)/2, max(figures)*2
     round_ones = [m*10.0**e for e in range(-3, 7) for m in (1, 2, 5) if low <= m*10.0**e <= high]
-    limits = sorted({float(f'{v:.4g}') for v in [*map(up, figures), *round_ones, *([asked] if asked else [])]})
+    limits = sorted({float(f'{v:.4g}') for v in [*map(up, figures), *round_ones]} | ({float(asked)} if asked else set()))   # that one to all its digits: the panel starts there
     return [(f'{v:g}', v) for v in limits] + [('no limit', 0.0)]
 
 # %% ../nbs/74_bench.ipynb #06776cc7

@@ -10,6 +10,7 @@ __all__ = ['METRICS', 'TASKS', 'THINGS', 'shipped', 'facts', 'front_matter', 'ho
 import re
 from pathlib import Path
 from .core import EdgenbError, Run, write_atomic
+from .labels import in_markdown
 
 # %% ../nbs/76_card.ipynb #d746c76e
 METRICS = {'auc': 'roc_auc', 'detection rate': 'recall'}   # as the hub calls them, where it has a name
@@ -29,15 +30,15 @@ def shipped(run: Run) -> Run:
     raise EdgenbError(f"{run.path} has not shipped, and only what has shipped gets a card: enter {missing[0]}" + (f', then {missing[-1]}' if len(missing) > 1 else '') + (f' ({why})' if why and missing == ['ship'] else ''))
 
 # %% ../nbs/76_card.ipynb #69abf71c
-def _base(asked: dict) -> tuple:   # (words, hub id or None, licence or '')
-    "What the model was started from."
+def _base(asked: dict, read: dict) -> tuple:   # (words, hub id or None, licence or '')
+    "What the model was started from: of a folder the tune room has read a digest, of what came from the hub none."
     from edgenb.weights import bundled
     name = str(asked.get('model_name_or_path') or '')
     if name.startswith('bundled:'):
         row = bundled().get(name.removeprefix('bundled:'), {})
         return row.get('upstream') or row.get('what') or name, None, row.get('licence', '')
     if not name: return 'weights of an earlier run' if asked.get('base') or asked.get('start_from') else 'nothing: trained from scratch', None, ''
-    if not Path(name).exists() and re.fullmatch(r'[\w.-]+/[\w.-]+', name): return name, name, ''
+    if 'base' not in read and re.fullmatch(r'[\w.-]+/[\w.-]+', name): return name, name, ''
     return 'a local folder', None, ''
 
 def _source(asked: dict, kind: str) -> tuple:   # (name, licence or '')
@@ -54,7 +55,7 @@ def facts(run: Run) -> dict:
     from edgenb.ship import bundle_of, check_bundle
     data, tune, verify, ship = (shipped(run).card(r) for r in ('data', 'tune', 'verify', 'ship'))
     manifest, pipeline = check_bundle(bundle_of(run)), Pipeline.load(run.file('tune', 'pipeline.json'))
-    base, hub, base_licence = _base(tune.asked)
+    base, hub, base_licence = _base(tune.asked, tune.read)
     source, source_licence = _source(data.asked, data.data)
     row = next(r for r in verify.result['rows'] if r['artifact'] == ship.result['artifact'])
     decide = next((s for s in reversed(pipeline.steps) if s['step'] in ('decide', 'rank')), {})
@@ -82,8 +83,6 @@ def front_matter(f: dict,               # of `facts`
     return ModelCardData(license=license or 'unknown', language=f['language'], library_name='edgenb', pipeline_tag=task, tags=tags, base_model=f['base_model'], metrics=[metric], model_name=f['name'], eval_results=results or None)
 
 # %% ../nbs/76_card.ipynb #310d41a4
-def _cell(text) -> str: return str(text).replace('|', '\\|').replace('\n', ' ')
-
 def hops_table(rows: list) -> str:
     "Markdown: every hop with its metric, what it lost, its figures and the verdict on it."
     metric = rows[0]['metric']
@@ -91,8 +90,8 @@ def hops_table(rows: list) -> str:
     for r in rows:
         value = 'not measured' if r['value'] is None else f"{r['value']:.4f} [{r['low']:.4f}, {r['high']:.4f}]"
         delta = '' if r['delta'] is None or r['artifact'] == 'reference' else f"{r['delta']:+.4f} [{r['delta_low']:+.4f}, {r['delta_high']:+.4f}]"
-        verdict = 'reference' if r['artifact'] == 'reference' else f"**{r['verdict']}**: {_cell(r['reason'])}"
-        out.append(f"| {_cell(r['artifact'])} | {value} | {delta} | {'' if r['p95_ms'] is None else format(r['p95_ms'], '.1f')} | {r['size_mb']:.3g} | {verdict} |")
+        verdict = 'reference' if r['artifact'] == 'reference' else f"**{r['verdict']}**: {in_markdown(r['reason'])}"
+        out.append(f"| {in_markdown(r['artifact'])} | {value} | {delta} | {'' if r['p95_ms'] is None else format(r['p95_ms'], '.1f')} | {r['size_mb']:.3g} | {verdict} |")
     return '\n'.join(out)
 
 def limits(f: dict) -> list:   # of sentences
@@ -111,9 +110,9 @@ def limits(f: dict) -> list:   # of sentences
 # %% ../nbs/76_card.ipynb #23e51e70
 def _use(f: dict) -> str:
     "What the model is for, in sentences."
-    thing, classes = THINGS[f['input']], ', '.join(f['classes'][:12]) + (f" and {len(f['classes']) - 12} more" if len(f['classes']) > 12 else '')
+    thing, classes = THINGS[f['input']], ', '.join(map(in_markdown, f['classes'][:12])) + (f" and {len(f['classes']) - 12} more" if len(f['classes']) > 12 else '')
     told = [f"It looks at one {thing} at a time, on the device, and says which of {len(f['classes'])} classes it belongs to: {classes}."]
-    if f['negative']: told.append(f"*{f['negative']}* is accepted; anything else is rejected" + (f" from a score of {f['decide']['threshold']:.3g} on" if isinstance(f['decide'].get('threshold'), float) else '') + '.')
+    if f['negative']: told.append(f"*{in_markdown(f['negative'])}* is accepted; anything else is rejected" + (f" from a score of {f['decide']['threshold']:.3g} on" if isinstance(f['decide'].get('threshold'), float) else '') + '.')
     if f['decide'].get('review'): told.append('Scores between {:.3g} and {:.3g} are for a person to decide.'.format(*f['decide']['review']))
     if f['input'] in ('text', 'tokens'): told.append('Its answers are suggestions to a professional, who decides.')
     return ' '.join(told) + ' It was not made for, and not tried on, anything but data of the kind it was tuned on.'
@@ -135,7 +134,7 @@ def card_text(f: dict,               # of `facts`
         '## What it is for', _use(f), '## How to use it', f"```sh\npip install 'edgenb[{f['extra']}]'\nedgenb predict bundle/ {example}\n```\n\nThe bundle is data only, and checked against its manifest (`{f['bundle'][:16]}…`) whenever it is loaded.",
         '## Does it still do what the tuned model does?', f"Every hop from the tuned model to the file that ships, each judged on the same {f['judged']} test cases through the same pipeline. An artifact passes if it is proven, with {f['confidence']:.0%} confidence, to lose at most {f['tolerance']} of the metric.", hops_table(f['rows']),
         *([f"Why this one: {f['why']}."] if f['why'] else []), '## Data', f"Learned from {dataset or f['source']}" + (f" ({split})" if split else '') + f". Started from {f['base']}" + (f", method {f['method']}" if f['method'] else '') + '.' + (f" Licences: {'; '.join(licences)}." if licences else ''),
-        '\n'.join(['| gate of the data certificate | verdict | why |', '|---|---|---|', *(f"| {_cell(g['gate'])} | {'pass' if g['passed'] else '**not met**' + (', overridden' if g['gate'] in f['overridden'] else '')} | {_cell(g['why'])} |" for g in f['certificate']['gates'])]),
+        '\n'.join(['| gate of the data certificate | verdict | why |', '|---|---|---|', *(f"| {in_markdown(g['gate'])} | {'pass' if g['passed'] else '**not met**' + (', overridden' if g['gate'] in f['overridden'] else '')} | {in_markdown(g['why'])} |" for g in f['certificate']['gates'])]),
         '## Limits', '\n'.join(f'- {l}' for l in limits(f)), '## Where and when', f"Judged {f['started']} on {e['system']}, {e['machine']}, {e['cpus']} processor cores, Python {e['python']}{', ' + libraries if libraries else ''}; edgenb {f['edgenb']}. Printed from the cards of the run by `edgenb card`."]
     return '\n\n'.join(parts) + '\n'
 

@@ -61,10 +61,12 @@ def command_run(args):
     "run a recipe as a batch job"
     import json
     from edgenb.mill import parameters, recipe, run_recipe, summary
+    from edgenb.workspace import is_copy
     _lean()
     if args.help_notebook:
         for p in parameters(recipe(args.recipe)).values(): print(f'{p.name}: {p.type} = {p.default!r}\n    {p.help}')
         return
+    if said := is_copy(args.recipe): print(f'edgenb: {said}', file=sys.stderr)
     run = run_recipe(args.recipe, _given(args), log_output=args.log_output, prepare_only=args.prepare_only, timeout=args.timeout, progress=not args.no_progress)
     row = summary(run)
     if not args.json:
@@ -170,11 +172,12 @@ def command_verify(args):
 def command_compare(args):
     "one table of all runs"
     import json
+    from pathlib import Path
     from edgenb.core import write_atomic
     from edgenb.ledger import as_csv, as_page, as_text, ask, table, to_mlflow, with_columns
     columns = [c.strip() for c in args.columns.split(',') if c.strip()] if args.columns else None
     rows = ask(table(args.runs, args.artifacts), args.where, args.sort)
-    if args.html: write_atomic(args.html, as_page(rows, columns, f"Runs in {args.runs or 'this workspace'}"))
+    if args.html: write_atomic(args.html, as_page(rows, columns, f"Runs in {Path(args.runs).resolve().name if args.runs else 'this workspace'}"))
     if args.csv: write_atomic(args.csv, as_csv(rows, columns))
     if args.mlflow: print('MLflow: {} new runs, {} updated'.format(*to_mlflow(rows, args.mlflow)), file=sys.stderr)
     if args.json: print(json.dumps([{c: f.get(c) for c in columns} for f in with_columns(rows, columns)] if columns else rows, indent=1))

@@ -12,7 +12,7 @@ import numpy as np
 from .core import EdgenbError
 from .data import load_examples
 from .panel import Panel, figure_html, table
-from .triage import Desk, Item, as_run, content_html, decided_html, desk_widget, sheet_of
+from .triage import Desk, Item, as_run, content_html, decided_html, desk_widget, from_here, sheet_of
 
 # %% ../nbs/75_field.ipynb #ba8db586
 DASHES = ('solid', 'dash', 'dot')
@@ -55,14 +55,14 @@ def gallery(run,                 # a Run in which `learn` was entered, or its pa
             who: str = '',       # decides; default: who is logged in
            ) -> Panel:
     "Images from the field with what the bundle decided: confirm, correct or leave out, by key."
-    from edgenb.learn import asked_as
+    from edgenb.learn import asked_as, name_there
     from edgenb.pipeline import decode
     from edgenb.ship import bundle_of, load_bundle
     run = as_run(run)
     card = run.card('learn')
     if not any(p.endswith('/new_examples/examples.jsonl') for p in card.wrote): raise EdgenbError(f'gallery: the learn room of {run.path} asks about no images')
     path, shift, field = Path(decisions or run.pool.parent/'field.jsonl'), card.asked['shift'], {}
-    for e in load_examples(run.file('data', 'examples.jsonl')): field.setdefault(asked_as(e, shift).rpartition('@')[0], asked_as(e, shift))
+    for e in load_examples(run.file('data', 'examples.jsonl')): field.setdefault(name_there(e, shift), asked_as(e, shift))
     asked, bundle = load_examples(run.file('learn', 'new_examples/examples.jsonl')), load_bundle(bundle_of(run))
     if not asked: return Panel('gallery', lambda: ['<p>learn asks about no image.</p>'], _nothing)
     classes, zero = list(bundle.pipeline.classes), bundle.pipeline.negative
@@ -70,13 +70,13 @@ def gallery(run,                 # a Run in which `learn` was entered, or its pa
     def sure(i): return None if len(classes) > 2 else float(answer['score'][i] if answer['label'][i] != zero else 1 - answer['score'][i])
     items = [Item(field[e.id], e.id, classes[int(answer['label'][i])], sure(i), 'what the bundle decided' + (f' ({shift}: simulated)' if shift else ''), lambda e=e: content_html(e)) for i, e in enumerate(asked)]
     desk = Desk(items, classes, path, who, run.card('ship').result['digest'])
-    then = f"learn(run, decisions='{path}') makes examples of what was confirmed or corrected."
+    then = f"learn(run, decisions='{from_here(path)}') makes examples of what was confirmed or corrected."
     def said(): return decided_html(desk, 'images from the field to look at', then)
     def paper(): return sheet_of(asked, [f'{i.name}\n{i.label}' + (f' {i.confidence:.0%}' if i.confidence is not None else '') for i in items], f'{len(items)} images from the field with what the bundle decided')
     def widget():
         import ipywidgets as w
         box, panel.parts = desk_widget(desk, {'keep': 'Confirm'}, panel.refresh)
-        return w.VBox([box, w.HTML(f'<small>Recorded in {html.escape(str(path))}. {html.escape(then)}</small>')])
+        return w.VBox([box, w.HTML(f'<small>Recorded in {html.escape(from_here(path))}. {html.escape(then)}</small>')])
     panel = Panel('gallery', paper, widget, said, desk)
     return panel
 

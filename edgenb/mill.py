@@ -16,11 +16,13 @@ from .core import EdgenbError, Run, did_you_mean, digest, file_errors, settings,
 
 # %% ../nbs/09_mill.ipynb #9b8cc4bd
 def recipes(start: str | Path = '.') -> dict:   # name -> notebook
-    "Recipes of the workspace at or above `start`; those that came with the package where it has none of that name."
-    here, found = Path(__file__).parent if '__file__' in globals() else None, {}
-    for folder in ([here/'recipes', here.parent/'nbs'/'recipes'] if here else []) + [settings(start).root/'nbs'/'recipes']:
-        found |= {p.stem: p for p in sorted(folder.glob('*.ipynb'))}
-    return found
+    "Recipes of the workspace at or above `start`; where it has none of that name, its copies (`edgenb open`) of those that came with the package, or these."
+    here, root = Path(__file__).parent.resolve() if '__file__' in globals() else None, settings(start).root
+    shipped, own = [here/'recipes', here.parent/'nbs'/'recipes'] if here else [], root/'nbs'/'recipes'
+    found = {p.stem: p for folder in shipped for p in sorted(folder.glob('*.ipynb'))}
+    copies = root/'recipes' if (root/'settings.ini').is_file() else root
+    found |= {p.stem: p for p in sorted(copies.glob('*.ipynb')) if p.stem in found}
+    return found if own in shipped else found | {p.stem: p for p in sorted(own.glob('*.ipynb'))}
 
 def recipe(name: str) -> Path:
     "The notebook of a recipe: by name, or a path to any notebook."

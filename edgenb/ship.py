@@ -103,13 +103,20 @@ def _portable(value):
     if not isinstance(value, str): return value
     return Path(value).name if Path(value).is_absolute() else re.sub(r'(?<![\w.:/])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:;,\'"()]+[/\\])+', '', value)
 
+def _nameless(value):
+    "A result without who decided and about what: of people's actions, and of the examples they should look at, only how many."
+    if isinstance(value, list): return [_nameless(v) for v in value]
+    if not isinstance(value, dict): return value
+    return {k: len(v) if k in ('actions', 'suspects') and isinstance(v, list) else _nameless(v) for k, v in value.items() if not (k == 'file' and 'actions' in value)}
+
 def _leaving(card) -> dict:
-    "A card for a bundle: of files from outside the run only the digests, since their names may say whose data they are."
+    "A card for a bundle: of files from outside the run only the digests, since their names may say whose data they are; nobody's name, and no example's."
+    read = card.read | {'source' if n == 'source 0' else f'extra {int(n[7:]) - 1}': d for n, d in card.read.items() if n[:7] == 'source ' and n[7:].isdigit()}   # as the data room for images calls them
     def one(name, value):
         if isinstance(value, list): return [one(f'{name} {i}', v) for i, v in enumerate(value)]
-        return f'digest {card.read[name]}' if isinstance(value, str) and name in card.read else value
+        return f'digest {read[name]}' if isinstance(value, str) and name in read and not (name == 'source' and value.startswith('bundled:')) else value
     told = {k: v for k, v in asdict(card).items() if k != 'skipped'}
-    return _portable(told | {'asked': {k: one(k.replace('_', ' '), v) for k, v in card.asked.items()}})
+    return _portable(told | {'result': _nameless(card.result), 'asked': {k: one(k.replace('_', ' '), v) for k, v in card.asked.items()}})
 
 def pack(folder: Path, name: str, row: dict, model: Path, pipeline: Path, parity: Path, sketch: Sketch, cards: list, warnings: list,
          detector: Detector | None = None) -> dict:

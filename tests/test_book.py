@@ -130,6 +130,19 @@ def test_unknown_outputs_leave_their_text_or_nothing():
     assert [o['data'] for o in cell['outputs']] == [{'text/plain': 'four'}]
 
 
+@pytest.mark.parametrize('printed', ['| a |\n|---|\n| <script>alert(1)</script> |', '<img src=x onerror=alert(1)>', '\\`<b onclick=x>\\`', '```{=html}\n<script>alert(1)</script>\n```', 'x `<b>`{=html}', '[x]{onclick=alert(1)}', '# x {onclick=alert(1)}', '~~~ {=html}\n<i>\n~~~'])
+def test_markdown_that_code_has_printed_brings_no_html_into_the_page(printed):
+    markdown = pytest.importorskip('smalldocs.markdown')
+    cell, = body(made(code('x', shown(text__markdown=printed))))
+    told = cell['outputs'][0]['data']['text/markdown']
+    assert not re.search(r'<(script|img|b)\b|<i>|<[^>]*onclick', markdown.make_parser().render(told)), told
+
+
+def test_markdown_that_code_has_printed_keeps_its_marks_and_its_code():
+    cell, = body(made(code('x', shown(text__markdown='**5 < 6** and `a<b>`, a\\<b, <3'))))
+    assert cell['outputs'][0]['data']['text/markdown'] == '**5 < 6** and `a<b>`, a\\<b, <3'
+
+
 @pytest.mark.parametrize('link, becomes', [('[a](21_other.ipynb)', '[a](/other.ipynb)'), ('[a](nbs/21_other.ipynb#x)', '[a](/other.ipynb#x)'), ('[`a`](21_other.ipynb)', '[`a`](/other.ipynb)'), ('[a](../CONTRIBUTING.md)', '[a](/contributing.md)'),
                                            ('[a](https://x.org/y.ipynb)', '[a](https://x.org/y.ipynb)'), ('[a](#here)', '[a](#here)'), ('[a](certificate.html)', '[a](certificate.html)'), ('`[a](21_other.ipynb)`', '`[a](21_other.ipynb)`'),
                                            ('```\n[a](21_other.ipynb)\n```', '```\n[a](21_other.ipynb)\n```')])
@@ -289,6 +302,15 @@ def test_a_page_that_fails_is_shown_with_its_error(small):
     assert not made['broken']['metadata']['book']['ok'] and 'ZeroDivisionError' in made['broken']['metadata']['book']['error'] and made['lids']['metadata']['book']['ok']
     text = (out/'broken.html').read_text()
     assert 'This page stopped with an error' in text and 'ZeroDivisionError' in text and '<code>never' not in text
+
+
+def test_an_error_above_a_page_names_no_folder_of_this_machine(tmp_path):
+    pytest.importorskip('smalldocs')
+    e = book.Entry(ROOT/'nbs'/'00_core.ipynb', 'core', 'core', 'Start')
+    facts = {'ok': False, 'error': f'EdgenbError: {ROOT}/runs/x is not a run', 'started': '2026-01-31T10:00:00+00:00', 'seconds': 1.0, 'environment': {'python': '3.11.9', 'system': 'Linux', 'machine': 'x86_64', 'cpus': 2, 'libraries': {}}}
+    book.assemble([e], {'core': notebook(words('# Core'), book=facts)}, tmp_path/'site', tmp_path/'cache', tmp_path/'out', api=False)
+    page = (tmp_path/'site'/'core.ipynb').read_text()
+    assert 'EdgenbError: runs/x is not a run' in page and str(ROOT) not in page
 
 
 def test_a_recipe_page_says_when_and_where_and_a_smoke_page_that_it_means_nothing():

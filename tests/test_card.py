@@ -87,6 +87,44 @@ def test_a_push_is_one_commit_of_card_and_bundle_into_a_private_repository(toy_r
     assert check_bundle(tmp_path/'bundle')['digest'] == toy_run.card('ship').result['digest']       # what arrives is a bundle that loads
 
 
+def test_neither_who_decided_about_labels_nor_a_file_of_theirs_is_in_what_is_pushed(toy_run, tmp_path):
+    from dataclasses import replace
+    from edgenb.ship import load_bundle, pack
+    from edgenb.labels import apply_decisions, mark
+    from edgenb.data import examples_of
+    from edgenb.decisions import Decisions
+    record, some = Decisions(tmp_path/'Adas labels.jsonl'), examples_of(toy_run, 'all')
+    some = [replace(e, id=f'Marlowe-{n}.png') for n, e in enumerate(some)]
+    record.add(mark(some[0]), 'Ada Sorensen', 'reject', (some[0].label, 0.1), model='data:x', seconds=1.0)
+    card = toy_run.card('data')
+    told = apply_decisions(some, record.path, card.result['classes'])[3]
+    assert told['actions'][0]['who'] == 'Ada Sorensen' and 'Marlowe-0.png' in told['actions'][0]['note']       # the run's own card has it all
+    card = replace(card, asked=card.asked | {'source': 'Marlowe', 'extra': ['Marlowe'], 'decisions': 'Adas labels.jsonl'}, read=card.read | {'source 1': 'e'*64, 'decisions': 'd'*64},
+                   result=card.result | {'decisions': told, 'certificate': card.result['certificate'] | {'suspects': [some[1].id]}})
+    made = bundle_of(toy_run)
+    old = check_bundle(made)
+    row = next(r for r in toy_run.card('verify').result['rows'] if r['artifact'] == old['artifact'])
+    pack(tmp_path/'bundle', 'toy', row, made/old['model'], made/'pipeline.json', toy_run.file('verify', 'parity.json'), load_bundle(made).sketch, [card], [])
+    sent = b''.join(p.read_bytes() for p in (tmp_path/'bundle').rglob('*') if p.is_file()) + card_text(facts(toy_run) | {'certificate': card.result['certificate']}).encode()
+    assert not any(word in sent for word in (b'Ada', b'Marlowe', b'labels.jsonl'))
+    left = json.loads((tmp_path/'bundle'/'card.json').read_text())['lineage'][0]
+    assert left['result']['decisions'] == {'kept': 0, 'relabelled': 0, 'left out': 1, 'not among these': 0, 'actions': 1} and left['asked']['decisions'] == 'digest ' + 'd'*64 == f"digest {left['read']['decisions']}"
+
+
+def test_a_class_called_like_a_tag_is_words_in_the_card(toy_run):
+    text = card_text(facts(toy_run) | {'classes': ['clean', '<img src=x>|']})
+    assert r'clean, \<img src=x>\|' in text
+
+
+@pytest.mark.parametrize('read, base', [({'base': 'd'*64}, ('a local folder', None, '')), ({}, ('models/my-vit', 'models/my-vit', ''))])
+def test_a_folder_of_weights_is_no_hub_id_wherever_the_card_is_made(read, base, tmp_path, monkeypatch):
+    from edgenb.card import _base
+    monkeypatch.chdir(tmp_path)                                  # where there is no such folder
+    assert _base({'model_name_or_path': 'models/my-vit'}, read | {'data': 'e'*64}) == base
+    (tmp_path/'models'/'my-vit').mkdir(parents=True)             # nor does one that is there now change what was done
+    assert _base({'model_name_or_path': 'models/my-vit'}, read | {'data': 'e'*64}) == base
+
+
 @pytest.mark.parametrize('name', ['toy', 'a/b/c', 'https://hub/me', 'me/to y', ''])
 def test_a_push_to_what_is_no_repository_sends_nothing(name, toy_run, tmp_path):
     hub = Hub()

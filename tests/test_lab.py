@@ -35,6 +35,21 @@ def test_every_panel_has_a_page_without_scripts_or_requests_and_with_words_for_i
     assert not list(own.path.parent.glob('*.jsonl'))          # who only looks leaves nothing
 
 
+def test_a_page_of_decisions_says_where_they_are_without_the_folders_of_this_machine(own, tmp_path, monkeypatch):
+    from edgenb.panel import gallery
+    for where, said in ((tmp_path, 'runs/toy/'), (root, '…/')):
+        monkeypatch.chdir(where)
+        panel = gallery(own, who='Ada')
+        panel.state.keep()
+        page = panel.html()
+        assert f'decided in {said}field.jsonl' in page and f'decisions=&#x27;{said}field.jsonl&#x27;' in page and str(tmp_path) not in page
+
+
+def test_a_page_of_runs_is_not_titled_with_the_folders_of_this_machine(own, tmp_path):
+    done = call('compare', tmp_path/'runs', '--html', tmp_path/'all.html', cwd=root)
+    assert done.returncode == 0 and '<h1>Runs in runs</h1>' in (tmp_path/'all.html').read_text() and str(tmp_path) not in (tmp_path/'all.html').read_text(), done.stderr
+
+
 def controls(widget):
     if hasattr(widget, 'children'):
         for c in widget.children: yield from controls(c)
@@ -105,6 +120,7 @@ def test_decisions_survive_and_the_next_entry_of_data_applies_and_lists_them(sus
     from edgenb.panel import triage
     panel, (kept, relabelled, dropped) = decided_about(suspicious)
     path = suspicious.path.parent/'labels.jsonl'
+    assert 'decided in …/labels.jsonl' in panel.html() and str(tmp_path) not in panel.html()
     assert path.exists() and triage(suspicious, who='Ben').state.decided == 3    # another day, another person
     before = {e.id: e for e in examples_of(suspicious, 'all')}
     again = Run.start('toy', tmp_path/'runs')
@@ -115,6 +131,86 @@ def test_decisions_survive_and_the_next_entry_of_data_applies_and_lists_them(sus
     told = card.result['decisions']
     assert (told['kept'], told['relabelled'], told['left out']) == (1, 1, 1) and all(a['who'] == 'Ada' and a['when'].endswith('Z') for a in told['actions'])
     assert card.result['certificate']['reviewed'] == 2 and not {kept.name, relabelled.name} & {i.name for i in triage(again).state.items if 'label may be wrong' in i.why and ';' not in i.why}
+
+
+@pytest.fixture
+def record(tmp_path):
+    "Decisions about examples, written by a function of (example, action, label)."
+    from edgenb.decisions import Decisions
+    from edgenb.labels import mark
+    record = Decisions(tmp_path/'labels.jsonl')
+    def decide(e, action, after=None): record.add(mark(e), 'Ada', action, (e.label, 0.2), after, 1 if action == 'confirm' else None, model='data:x', seconds=1.0)
+    return record.path, decide
+
+
+def copies(*names):
+    "Examples with the same content, each labelled as its folder is called."
+    from edgenb.data import Example
+    return [Example(n, n, n.split('/')[0], sha256='a'*64) for n in names]
+
+
+def test_an_image_that_was_kept_stays_when_its_copy_is_left_out(record):
+    from edgenb.labels import apply_decisions
+    path, decide = record
+    first, second, third = copies('A/1.png', 'B/1.png', 'A/2.png')
+    decide(second, 'reject')
+    assert [e.id for e in apply_decisions([first, second], path, ['A', 'B'])[0]] == ['A/1.png']               # one of two copies
+    decide(first, 'confirm', 'A')
+    decide(second, 'reject')
+    stay, places, reviewed, told = apply_decisions([first, second, third], path, ['A', 'B'])
+    assert [e.id for e in stay] == ['A/1.png', 'A/2.png'] and places.tolist() == [0, 2] and reviewed.all() and (told['kept'], told['left out']) == (2, 1)
+
+
+def test_a_name_in_the_table_of_decisions_is_words_and_breaks_no_row(record):
+    from markdown_it import MarkdownIt
+    from edgenb.decisions import Decisions
+    from edgenb.labels import decision_table
+    path, _ = record
+    Decisions(path).add('x|<img src=x onerror=alert(1)>`\\|.png@aaaaaaaaaaaa', 'Ada|<b>', 'correct', ('<i>a|b', 0.1), 'c&lt;', None, model='m', seconds=1.0)
+    told = {'kept': 0, 'relabelled': 1, 'left out': 0, 'not among these': 0, 'actions': Decisions(path).actions(str)}
+    made = MarkdownIt('commonmark', {'html': True}).enable('table').render(decision_table(told))
+    assert not any(t in made for t in ('<img', '<b>', '<i>', '<code>')) and made.count('<td') == 6 and '<td>x|&lt;img src=x onerror=alert(1)&gt;`\\|.png</td>' in made and '<td>c&amp;lt;</td>' in made
+
+
+@pytest.mark.parametrize('name', ['A/bell\x07.png', 'A/two\nlines.png', ' spaced.png', 'x'*300, 'A/b\udce9.png'])
+def test_an_image_of_any_name_and_a_class_of_any_length_can_be_decided_on(name, tmp_path):
+    from edgenb.labels import apply_decisions, mark
+    from edgenb.learn import asked_as, name_there, reviewed
+    from edgenb.triage import Desk, Item
+    from dataclasses import replace
+    long, e = 'dented at the rim, seen from above, under the second lamp', replace(copies('A/1.png')[0], id=name)
+    for file, key in (('labels.jsonl', mark(e)), ('field.jsonl', asked_as(e, ''))):
+        desk = Desk([Item(key, name, 'A', 0.2, 'why', str)], ['A', long], tmp_path/file, 'Ada', 'data:x')
+        desk.relabel(long)
+        assert desk.decided == 1
+    assert [x.label for x in apply_decisions([e], tmp_path/'labels.jsonl', ['A', long])[0]] == [long]
+    assert reviewed([e], '', str(tmp_path/'field.jsonl'), ['A', long])[0] == {0: long} and name_there(e, '').startswith(name.replace('/', '-'))
+
+
+@pytest.mark.parametrize('label', ['x'*201, 'two\nlines', ' A', ''])
+def test_a_class_that_cannot_go_on_record_is_refused_before_anybody_decides(label, tmp_path):
+    from edgenb.core import EdgenbError
+    from edgenb.triage import Desk, Item
+    with pytest.raises(EdgenbError, match='rename its folder'): Desk([Item('a', 'a', 'A', 0.2, 'why', str)], ['A', label], tmp_path/'x.jsonl', 'Ada', 'data:x')
+
+
+def test_a_decision_about_an_image_that_was_moved_counts_as_what_it_does(record):
+    from edgenb.labels import apply_decisions
+    path, decide = record
+    old, new = copies('A/1.png', 'B/1.png')
+    decide(old, 'confirm', 'A')
+    stay, _, _, told = apply_decisions([new], path, ['A', 'B'])
+    assert stay[0].label == 'A' and (told['kept'], told['relabelled']) == (0, 1)
+
+
+def test_copies_that_were_decided_on_differently_say_nothing_about_a_third(record):
+    from edgenb.core import EdgenbError
+    from edgenb.labels import apply_decisions
+    path, decide = record
+    first, second, third = copies('A/1.png', 'B/1.png', 'A/2.png')
+    decide(first, 'confirm', 'A'); decide(second, 'confirm', 'B')
+    assert [e.label for e in apply_decisions([first, second], path, ['A', 'B'])[0]] == ['A', 'B']
+    with pytest.raises(EdgenbError, match=r'A/2.png has copies that were decided on differently \(A/1.png: A, B/1.png: B\)'): apply_decisions([first, second, third], path, ['A', 'B'])
 
 
 def test_a_further_decision_makes_the_data_room_work_again_and_the_same_ones_do_not(suspicious, tmp_path):
@@ -164,6 +260,20 @@ def test_the_sliders_move_verdicts_and_choice(own):
     assert panel.state.artifact == own.card('verify').result['chosen']
 
 
+def test_the_sliders_start_at_a_budget_of_many_digits(own, monkeypatch):
+    from dataclasses import replace
+    from edgenb.core import Run
+    from edgenb.panel import budget
+    card = own.card('verify')
+    odd = replace(card, asked=card.asked | {'latency_budget_ms': 1000/60, 'size_budget_mb': 16.6667})
+    monkeypatch.setattr(Run, 'card', lambda run, room: odd)
+    panel = budget(own)
+    panel.box
+    assert panel.parts['latency_budget_ms'].value == 1000/60 and panel.parts['size_budget_mb'].value == 16.6667
+    panel.parts['latency_budget_ms'].value = 0.0; panel.parts['reset'].click()
+    assert panel.parts['latency_budget_ms'].value == 1000/60
+
+
 def train_choices(run): return dict(method='head', size=64, num_train_epochs=200, patience=200, head_learning_rate=0.004, accept_gates=[g['gate'] for g in run.card('data').result['certificate']['gates'] if not g['passed']])
 
 
@@ -194,6 +304,50 @@ def test_a_stopped_training_goes_on_where_it_was(toy_images, toy_run, tmp_path, 
     assert 'going on after epoch' in capsys.readouterr().out
 
 
+def test_a_training_that_goes_on_is_shown_although_another_was_finished_before(own):
+    import shutil
+    from edgenb import training as room
+    key, card = '0123abcd89ef0123', own._card_path('tune')
+    out, work = own.path/f'02-tune.{key[:8]}', own.pool/f'02-tune.{key}.work'
+    out.mkdir(); work.mkdir()
+    state = {'history': [], 'epochs': 7, 'step': 3, 'steps': 10, 'recent': [[0.1, 0.7], [0.9, 0.6]], 'time': time.time()}
+    (work/'progress.json').write_text(json.dumps(state))
+    now = time.time()
+    def at(when, *paths):
+        for p in paths: os.utime(p, (now + when, now + when))
+    at(1000, out, work); at(2000, card)
+    assert 'epoch 1 of 7' not in room.training(own).html()                      # killed before the one that was finished
+    at(3000, out, work)
+    assert 'epoch 1 of 7, step 3 of 10' in room.training(own).html()
+    class Told(threading.Event):
+        said = ''
+        over = property(lambda self: self)
+        def close(self, said): self.said = said; self.set()
+    for last, said in ((lambda: shutil.rmtree(out), 'Ended.'), (lambda: at(4000, card), 'Finished.')):
+        out.mkdir(exist_ok=True); at(2000, card); at(3000, out, work)
+        window = Told()
+        follower = threading.Thread(target=room._until_done, args=(own, window, 0.01)); follower.start()
+        assert not window.wait(0.1)                                             # the old card is no end
+        last()
+        follower.join(10)
+        assert window.said.startswith(said)
+
+
+def test_the_window_draws_a_figure_only_when_there_is_something_new(tmp_path, monkeypatch):
+    from edgenb import training as room
+    drawn = []
+    monkeypatch.setattr(room, 'figure_html', lambda figure, alt: drawn.append(alt) or alt)
+    state = {'history': [], 'epochs': 7, 'step': 3, 'steps': 10, 'recent': [[0.1, 0.7]], 'time': time.time()}
+    def write(**new): (tmp_path/'progress.json').write_text(json.dumps(state | new))
+    write()
+    window = room.Window(lambda: tmp_path)
+    window.draw(); window.draw()
+    assert len(drawn) == 1
+    write(step=4)
+    window.draw(); window.draw()
+    assert len(drawn) == 2 and 'step 4' in window.status.value
+
+
 def test_an_interrupt_of_the_kernel_is_one_line_that_says_the_way_out(own, monkeypatch):
     from edgenb import tune
     from edgenb.core import EdgenbError
@@ -221,6 +375,42 @@ def test_panels_load_no_torch():
 def test_a_wrong_name_is_refused_in_one_line_and_nothing_is_written(args, says, tmp_path):
     done = call(*args, cwd=tmp_path)
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+TOY = """import json
+from edgenb.workspace import copy_recipe
+path, said = copy_recipe('wafer')
+notebook = json.loads(path.read_text())
+cell = next(c for c in notebook['cells'] if 'parameters' in c['metadata'].get('tags', []))
+notebook['cells'] = [{**notebook['cells'][0], 'source': '# Mine\\n\\n> My own wafers.'}, cell]
+path.write_text(json.dumps(notebook))"""
+
+
+@pytest.mark.parametrize('settings, place', [(True, 'recipes/wafer.ipynb'), (False, 'wafer.ipynb')])
+def test_a_recipe_that_was_opened_and_changed_is_the_one_that_runs_and_says_so(settings, place, tmp_path, monkeypatch):
+    from edgenb.mill import recipe, recipes
+    from edgenb.workspace import copy_recipe, new_recipe, sources
+    if settings: (tmp_path/'settings.ini').write_text('')
+    monkeypatch.chdir(tmp_path)
+    exec(TOY, {})
+    copy = tmp_path.resolve()/place
+    assert recipe('wafer') == copy and set(recipes()) == set(recipes(root))
+    done = call('run', 'wafer', '--prepare-only', '--no-progress', '-p', 'output_dir', tmp_path/'runs'/'x', cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr.strip() == f'edgenb: {copy} is run, your copy of the recipe wafer, which has changes' and '# Mine' in (tmp_path/'runs'/'x'/'wafer.ipynb').read_text(), done.stderr
+    assert 'My own wafers.' in call('recipes', cwd=tmp_path).stdout
+    assert copy_recipe('wafer') == (copy, f'{copy} is there already and differs from the recipe: opened as it is (--overwrite replaces it)')
+    made = new_recipe('solder', 'wafer')
+    assert [s for _, s in sources(made)][0].startswith('# Solder') and '`wafer.ipynb`, a copy of the recipe,' in sources(made)[1][1] and len(sources(made)) == 3
+    assert copy_recipe('wafer', overwrite=True) == (copy, f'copied to {copy}') and len(sources(copy)) > 3 and copy_recipe('wafer')[1].endswith('unchanged')
+    (tmp_path/'nbs'/'recipes'/'wafer.ipynb').write_bytes(made.read_bytes())              # a recipe of the workspace itself comes first
+    assert recipe('wafer') == tmp_path.resolve()/'nbs'/'recipes'/'wafer.ipynb' and 'wafer.ipynb is your own' in copy_recipe('wafer')[1] and 'your copy' not in call('run', 'wafer', '-p', 'sede', '1', cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize('line, becomes', [("x: str = 'a #b'  # c", "x: str = 'new'  # c"), ('x: list = [\n  "é",  # first\n  "b"]  # all', "x: list = 'new'  # all"), ("x = 'é'; y = 2", "x = 'new'; y = 2"),
+                                           ("x = (\n  'a'\n  'b')", "x = (\n  'new')"), ("x: str = 'a # b'", "x: str = 'new'")])
+def test_a_new_default_takes_the_place_of_the_old_one_and_of_nothing_else(line, becomes):
+    from edgenb.workspace import _with_defaults
+    assert _with_defaults(f'# all\nbefore: int = 1  # x = 3\n{line}\nafter = "x = 1"', {'x': 'new'}) == f'# all\nbefore: int = 1  # x = 3\n{becomes}\nafter = "x = 1"'
 
 
 def test_opening_without_jupyterlab_says_what_to_install(tmp_path):
