@@ -84,9 +84,9 @@ def local(jobs, workers: int = 1):
 BLOCK = 8 << 20   # bytes of a file that travel at once
 
 def code_of_edgenb() -> str:
-    "Digest of the source of this edgenb."
+    "Digest of the source of this edgenb, and of its tables."
     folder = Path(edgenb.__file__).parent
-    return digest_of(sorted([p.relative_to(folder).as_posix(), digest(p)] for p in folder.rglob('*.py')))
+    return digest_of(sorted([p.relative_to(folder).as_posix(), digest(p)] for p in folder.rglob('*') if p.suffix in ('.py', '.toml')))
 
 _ZYGOTES: dict = {}   # of this worker: digest of a recipe -> zygote
 _RUNNING: dict = {}   # of this worker: sweep -> what ends its runs

@@ -8,11 +8,11 @@ __all__ = ['MOST_RUNS', 'NUMBERS', 'Span', 'axis', 'read_sweep', 'asked_for', 'P
            'sweep_rows', 'sweep_table']
 
 # %% ../nbs/63_sweep.ipynb #1f3a35e2
-import contextlib, functools, itertools, json, math, os, re, sys, threading, time
+import ast, contextlib, functools, importlib.util, itertools, json, math, os, platform, re, sys, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 import edgenb
-from .core import EdgenbError, Run, did_you_mean, digest_of, file_errors, settings, write_json
+from .core import EdgenbError, Run, _imported, _read_source, _versions, did_you_mean, digest_of, file_errors, settings, write_json
 from .mill import Parameter, check_parameters, parameters, read_notebook, read_yaml, recipe, record_of, summary, told, typed
 
 # %% ../nbs/63_sweep.ipynb #09e53bcc
@@ -98,20 +98,60 @@ class Plan:
     @property
     def path(self) -> Path: return self.folder/'.sweeps'/f'{self.id}.json'
 
+# %% ../nbs/63_sweep.ipynb #5a1f0c2e
+def _installed(path): return any(part in ('site-packages', 'dist-packages') for part in Path(path).parts)
+
+def _beside(cells: list) -> tuple:   # (module -> digest of its source, its text and the cells', other modules)
+    "What a recipe may import that is neither edgenb nor installed: found as its kernel finds it, without importing it."
+    folders, todo, seen, texts, others = [os.getcwd(), *(p for p in sys.path if p and not _installed(p))], [], {}, list(cells), set()
+    for source in cells:
+        with contextlib.suppress(SyntaxError, ImportError):
+            tree = ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', source, flags=re.M))   # magics
+            folders += [a.value for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) in ('sys.path.insert', 'sys.path.append') for a in n.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            todo += _imported(tree, '__main__', '')
+    while todo:
+        name = todo.pop() or ''
+        parent, top = name.rpartition('.')[0], name.split('.')[0]
+        if not name or name in seen or top == 'edgenb' or top in sys.stdlib_module_names: continue
+        path = next((p for f in folders for p in (Path(f, *name.split('.'), '__init__.py'), Path(f, *name.split('.')).with_suffix('.py')) if p.is_file()), None)
+        if path:
+            with contextlib.suppress(SyntaxError, ImportError):
+                seen[name], imports = _read_source(str(path), path.stat().st_mtime_ns, path.stat().st_size, name, name if path.name == '__init__.py' else parent)
+                todo += imports
+            texts.append(path.read_text(encoding='utf-8', errors='replace'))
+        elif name == top:
+            with contextlib.suppress(ImportError, ValueError): path = Path((importlib.util.find_spec(name) or path).origin)   # a package that is installed where it is written
+            base = path and str(path.parents[path.name == '__init__.py'])
+            if base and path.suffix == '.py' and not _installed(base) and base not in folders: folders.append(base); todo.append(name)
+            else: others.add(name)
+        if parent: todo.append(parent)
+    return seen, texts, others
+
 @functools.lru_cache(maxsize=8)
 def _code(notebook):
-    "Digest of the code of a recipe and of edgenb."
+    "Digest of the code of a recipe and of edgenb, and of what else is the same for all points: settings, versions, machine."
     from edgenb.executors import code_of_edgenb
-    return digest_of([code_of_edgenb(), [''.join(c['source']) for c in read_notebook(notebook)['cells'] if c['cell_type'] == 'code']])
+    cells = [''.join(c['source']) for c in read_notebook(notebook)['cells'] if c['cell_type'] == 'code']
+    modules, texts, others = _beside(cells)
+    texts += [p.read_text(encoding='utf-8') for p in Path(edgenb.__file__).parent.glob('*.py')]
+    libraries = {a or b for t in texts for found in re.findall(r'(?:libraries|LIBRARIES) *= *\(([^)]*)\)', t) for a, b in re.findall(r"'([^']+)'|\"([^\"]+)\"", found)}   # of rooms
+    chosen = {k: v for k, v in vars(settings()).items() if k not in ('root', 'runs')}
+    return digest_of([code_of_edgenb(), cells, modules, chosen, _versions(sorted(libraries | others)), platform.machine(), sys.version_info[:2]])
 
 @functools.lru_cache(maxsize=4096)
 def _stamp(path: str, runs: str):
-    "Sizes and times of a file or of what lies in a folder; None for text that names nothing, or a folder that holds the runs."
+    "Sizes and times of a file, or of all that lies in a folder except the runs; None for text that names nothing."
     p = Path(path)
     try:
-        if p.is_file(): return [p.stat().st_size, p.stat().st_mtime_ns]
-        if not p.is_dir() or Path(runs).is_relative_to(p.resolve()): return None
-        return [[q.relative_to(p).as_posix(), q.stat().st_size, q.stat().st_mtime_ns] for q in itertools.islice((q for q in p.rglob('*') if q.is_file()), 100_000)]
+        if p.is_file() and p.suffix != '.json': return [p.stat().st_size, p.stat().st_mtime_ns]
+        if p.is_file(): p = p.parent   # a listing: the data room reads what is beside it
+        if not p.is_dir() or p.resolve() == p.resolve().parent: return None   # nobody's data is the whole disk
+        found = []
+        for at, folders, files in os.walk(p):
+            folders[:] = sorted(f for f in folders if os.path.realpath(os.path.join(at, f)) != runs)
+            for f in sorted(files):
+                with contextlib.suppress(OSError): s = os.stat(full := os.path.join(at, f)); found.append([os.path.relpath(full, p), s.st_size, s.st_mtime_ns])   # gone meanwhile, or a link to nothing
+        return digest_of(found)
     except (OSError, ValueError): return None   # text that cannot be a path
 
 def _stamps(value, runs):
@@ -120,9 +160,10 @@ def _stamps(value, runs):
 
 def point_name(notebook: Path, known: dict, values: dict, folder: Path) -> str:
     "Of the folder of a run."
-    asked = {n: values.get(n, p.default) for n, p in known.items() if n != 'output_dir'}
-    return 'point-' + digest_of([notebook.stem, _code(notebook), asked, {n: s for n, v in asked.items() if (s := _stamps(v, str(folder)))}])[:12]
+    asked, runs = {n: values.get(n, p.default) for n, p in known.items() if n != 'output_dir'}, os.path.realpath(folder.parent)
+    return 'point-' + digest_of([notebook.stem, _code(notebook), asked, {n: s for n, v in asked.items() if (s := _stamps(v, runs))}])[:12]
 
+# %% ../nbs/63_sweep.ipynb #5a1f0c2f
 def plan_sweep(name: str,             # of a recipe, or the path of a notebook
                axes: dict = {},       # name -> list of values
                points: list = (),     # further points

@@ -175,3 +175,31 @@ def test_results_of_workers_without_a_common_disk_arrive_by_digest(workspace, cl
         record = executors._arrived(client, future, job)
     assert record['status'] == 'done' and executors.finished(job.folder) and (job.folder/'n.bin').read_bytes() == bytes(range(256))*3
     assert list(elsewhere.rglob('n.bin')) and record_of(job.folder)['wrote'] == record['wrote']
+
+
+def test_whatever_a_rooms_key_holds_is_in_the_name_of_a_point(workspace, monkeypatch):
+    import importlib.metadata
+    import edgenb as package
+    for path, text in {'data/a.json': '[]', 'data/1.png': '1', 'beside.py': 'import pack.deep', 'pack/__init__.py': '', 'pack/deep.py': 'X = 1', 'unrelated.py': '', 'lib/far.py': 'X = 1', 'settings.ini': '[gates]\nmin_per_class = 50\n', 'own/edgenb/__init__.py': '', 'own/edgenb/devices.toml': 'a = 1'}.items():
+        (workspace/path).parent.mkdir(parents=True, exist_ok=True); (workspace/path).write_text(text)
+    notebook(workspace/'reads.ipynb', '%matplotlib inline\nimport sys; sys.path.insert(0, "lib"); import beside, far, toyrooms_sweep', choices="output_dir: str = ''\nsource: str = ''\nn: int = 0")
+    plan = lambda source='data/a.json': plan_sweep('reads.ipynb', {'n': [1]}, common={'source': source}).names[0]
+    seen = [plan(), plan('.')]
+    assert plan() == seen[0] and seen[0] != seen[1]
+    for path in ('runs/reads/point-x/job.json', 'unrelated.py'):
+        (workspace/path).parent.mkdir(parents=True, exist_ok=True); (workspace/path).write_text('X = 3')
+        assert plan() == seen[0] and (plan('.') == seen[1]) == path.startswith('runs')      # a folder that holds the runs counts without them
+    seen.append(plan('.'))
+    for path, text in (('data/1.png', '22'), ('pack/deep.py', 'X = 2'), ('lib/far.py', 'X = 2'), ('toyrooms_sweep.py', ROOMS + 'X = 1'), ('settings.ini', '[gates]\nmin_per_class = 51\n')):
+        (workspace/path).write_text(text)
+        assert (name := plan()) not in seen, path
+        seen.append(name)
+    monkeypatch.setattr(package, '__file__', str(workspace/'own/edgenb/__init__.py'))
+    seen.append(plan())
+    (workspace/'own/edgenb/devices.toml').write_text('a = 2')
+    assert plan() not in seen
+    (workspace/'own/edgenb/__init__.py').write_text("LIBRARIES = ('numpy',)")
+    seen.append(plan())
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0' if name == 'numpy' else real(name))
+    assert plan() not in seen
