@@ -12,8 +12,8 @@ import ast, contextlib, functools, importlib.util, itertools, json, math, os, pl
 from dataclasses import dataclass
 from pathlib import Path
 import edgenb
-from .core import EdgenbError, Run, _imported, _read_source, _versions, did_you_mean, digest_of, file_errors, settings, write_json
-from .mill import Parameter, check_parameters, parameters, read_notebook, read_yaml, recipe, record_of, summary, told, typed
+from .core import EdgenbError, Run, _imported, _read_source, _versions, did_you_mean, digest_of, file_errors, settings, write_atomic, write_json
+from .mill import Parameter, check_parameters, parameters, read_yaml, recipe, record_of, summary, told, typed
 
 # %% ../nbs/63_sweep.ipynb #09e53bcc
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Plan:
     names: tuple        # of their folders
     varied: tuple       # names of parameters that differ among the points
     repeated: int = 0   # points left out because they were there already
+    text: str = ''      # of the notebook when this was planned: that is what runs
     @property
     def id(self) -> str: return digest_of(sorted(self.names))[:12]
     @property
@@ -128,10 +129,24 @@ def _beside(cells: list) -> tuple:   # (module -> digest of its source, its text
     return seen, texts, others
 
 @functools.lru_cache(maxsize=8)
+def _text(notebook): return notebook.read_text(encoding='utf-8')
+
+def _afresh():
+    for remembered in (_stamp, _code, _text): remembered.cache_clear()   # a caller that lives on may have changed them all
+
+def _frozen(notebook: Path, text: str, folder: Path) -> Path:
+    "The recipe as it was planned, in a file of its own: what is edited while a sweep runs is for the next."
+    if not text: return notebook
+    path = folder/'.sweeps'/digest_of(text)[:12]/notebook.name
+    with file_errors(path): path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_text(encoding='utf-8') != text: write_atomic(path, text)
+    return path
+
+@functools.lru_cache(maxsize=8)
 def _code(notebook):
     "Digest of the code of a recipe and of edgenb, and of what else is the same for all points: settings, versions, machine."
     from edgenb.executors import code_of_edgenb
-    cells = [''.join(c['source']) for c in read_notebook(notebook)['cells'] if c['cell_type'] == 'code']
+    cells = [''.join(c['source']) for c in json.loads(_text(notebook))['cells'] if c['cell_type'] == 'code']
     modules, texts, others = _beside(cells)
     texts += [p.read_text(encoding='utf-8') for p in Path(edgenb.__file__).parent.glob('*.py')]
     libraries = {a or b for t in texts for found in re.findall(r'(?:libraries|LIBRARIES) *= *\(([^)]*)\)', t) for a, b in re.findall(r"'([^']+)'|\"([^\"]+)\"", found)}   # of rooms
@@ -170,7 +185,7 @@ def plan_sweep(name: str,             # of a recipe, or the path of a notebook
                common: dict = {},     # for all runs
                runs: Path | None = None) -> Plan:
     "Every run that is to be done; nothing is made or started."
-    _stamp.cache_clear(); _code.cache_clear()   # a caller that lives on may have changed both
+    _afresh()
     notebook = recipe(name).absolute()
     known = parameters(notebook)
     for n in (*axes, *common, *(n for p in points for n in p)):
@@ -185,7 +200,7 @@ def plan_sweep(name: str,             # of a recipe, or the path of a notebook
     named: dict = {}
     for p in every: named.setdefault(point_name(notebook, known, p, folder), p)
     varied = [n for n in known if len({json.dumps(p.get(n, known[n].default)) for p in named.values()}) > 1] or list(axes)
-    return Plan(notebook, folder, tuple(named.values()), tuple(named), tuple(varied), len(every) - len(named))
+    return Plan(notebook, folder, tuple(named.values()), tuple(named), tuple(varied), len(every) - len(named), _text(notebook))
 
 def label(values: dict, names) -> str:
     "A point, in words."
@@ -317,7 +332,8 @@ def sweep(plan: Plan,
     write_json(plan.path, {'recipe': plan.recipe.stem, 'notebook': str(plan.recipe), 'edgenb': edgenb.__version__, 'varied': plan.varied, 'runs': dict(zip(plan.names, plan.points))})
     records = {n: record_of(plan.folder/n) | {'skipped': True} for n in plan.names if finished(plan.folder/n)}
     if records: said(f'{len(records)} of {len(plan.names)} runs finished before')
-    jobs = [Job(plan.recipe, p, plan.folder/n, timeout, os.getcwd()) for n, p in zip(plan.names, plan.points) if n not in records]
+    notebook = _frozen(plan.recipe, plan.text, plan.folder)
+    jobs = [Job(notebook, p, plan.folder/n, timeout, os.getcwd()) for n, p in zip(plan.names, plan.points) if n not in records]
     for job, record in _go(jobs, plan, workers or default_workers(known), where, options, said, len(jobs)): records[job.folder.name] = record
     return Swept(plan, tuple(records[n] for n in plan.names), time.perf_counter() - started)
 
@@ -328,7 +344,7 @@ def search_sweep(name: str, axes: dict, common: dict, trials: int, goal: str, ma
     "Search for the point with the best `goal`; the same call goes on where it was."
     from edgenb.executors import Job, finished
     check_goal(goal)
-    _stamp.cache_clear(); _code.cache_clear()
+    _afresh()
     notebook, started = recipe(name).absolute(), time.perf_counter()
     known = parameters(notebook)
     if not axes: raise EdgenbError('a search needs something to choose: -g name=value,value or -g name=low..high')
@@ -342,12 +358,12 @@ def search_sweep(name: str, axes: dict, common: dict, trials: int, goal: str, ma
     if dry_run:
         stands = standing(Plan(notebook, folder, tuple(p := [common | found.ask(n) for n in range(min(trials, len(found.asked)))]), tuple(point_name(notebook, known, q, folder) for q in p), ()))
         return f"{trials} runs that {'maximize' if maximize else 'minimize'} {goal} over {', '.join(f'{n} ({len(v)} values)' if isinstance(v, list) else f'{n} ({v})' for n, v in axes.items())}; {len(found.asked)} proposed before, {stands.count('finished')} of these finished"
-    points, trial_of, records = {}, {}, {}
+    points, trial_of, records, frozen = {}, {}, {}, _frozen(notebook, _text(notebook), folder)
     def job(number):
         point = common | found.ask(number)
         run = point_name(notebook, known, point, folder)
         points[run] = point
-        return Job(notebook, point, folder/run, timeout, os.getcwd())
+        return Job(frozen, point, folder/run, timeout, os.getcwd())
     def jobs():
         for number in range(trials):
             j = job(number)

@@ -203,3 +203,13 @@ def test_whatever_a_rooms_key_holds_is_in_the_name_of_a_point(workspace, monkeyp
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0' if name == 'numpy' else real(name))
     assert plan() not in seen
+
+
+def test_a_recipe_that_is_edited_while_a_sweep_runs_is_run_as_it_was_planned(workspace):
+    write = lambda what: notebook(workspace/'wrote.ipynb', f"open(f'{{output_dir}}/n.txt', 'w').write('{what}')")
+    write('old')
+    plan = plan_sweep('wrote.ipynb', {'n': [1, 2]})
+    write('newer')
+    done = sweep(plan, workers=1, said=lambda line: None)
+    assert done.failed == 0 and [(plan.folder/n/'n.txt').read_text() for n in plan.names] == ['old']*2 and (plan.folder/plan.names[0]/'wrote.ipynb').is_file()
+    assert standing(plan_sweep('wrote.ipynb', {'n': [1, 2]})) == ['new']*2
