@@ -474,6 +474,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'edgenb.executors._arrived': ('executors.html#_arrived', 'edgenb/executors.py'),
                                   'edgenb.executors._check_in_place': ('executors.html#_check_in_place', 'edgenb/executors.py'),
                                   'edgenb.executors._client': ('executors.html#_client', 'edgenb/executors.py'),
+                                  'edgenb.executors._noted': ('executors.html#_noted', 'edgenb/executors.py'),
                                   'edgenb.executors._own_folder': ('executors.html#_own_folder', 'edgenb/executors.py'),
                                   'edgenb.executors._same_code': ('executors.html#_same_code', 'edgenb/executors.py'),
                                   'edgenb.executors._zygote': ('executors.html#_zygote', 'edgenb/executors.py'),

@@ -38,11 +38,21 @@ def do(job: Job, zygote=None, stop=None) -> dict:   # the record
         with _alone(job.folder/'.job.lock', stop):
             if finished(job.folder): return record_of(job.folder) | {'skipped': True}
             return execute(job.notebook, job.values, Run(job.folder), stop=stop, zygote=zygote, cwd=job.cwd, by_digest=True, status=job.folder/'.status')
-    except Exception as e: return failure(job, str(e) if isinstance(e, EdgenbError) else f'{type(e).__name__}: {e}')
+    except Exception as e: return _noted(job, str(e) if isinstance(e, EdgenbError) else f'{type(e).__name__}: {e}')
 
 def failure(job: Job, why: str) -> dict:
     "The record of a run that did not get as far as its notebook."
     return {'status': 'failed', 'recipe': job.notebook.stem, 'values': job.values, 'error': why, 'cell': None, 'seconds': None}
+
+def _noted(job, why):
+    "The record of a failure, also in the run's folder, unless somebody else is at work there."
+    from filelock import FileLock
+    record = failure(job, why)
+    with contextlib.suppress(Exception):   # the lock is taken, or the folder cannot be written: what failed is told all the same
+        if job.folder.is_dir():
+            with FileLock(job.folder/'.job.lock').acquire(timeout=0):
+                if not finished(job.folder): write_json(job.folder/'job.json', record)
+    return record
 
 @contextlib.contextmanager
 def _alone(path, stop):
@@ -232,11 +242,11 @@ def dask(jobs, workers: int = 1, scheduler: str = 'local'):
                 if not running: return
                 job = running.pop(future := next(ended))
                 try: record = _arrived(client, future, job)
-                except KilledWorker: record = failure(job, 'the workers that did it died, one after the other: most likely it takes more memory than a worker has')
+                except KilledWorker: record = _noted(job, 'the workers that did it died, one after the other: most likely it takes more memory than a worker has')
                 except Exception as e:   # its worker went away before its files were fetched
                     tries[job.folder] = tries.get(job.folder, 0) + 1
                     if tries[job.folder] < 4: submit(job); continue
-                    record = failure(job, str(e) if isinstance(e, EdgenbError) else f'{type(e).__name__}: {e}')
+                    record = _noted(job, str(e) if isinstance(e, EdgenbError) else f'{type(e).__name__}: {e}')
                 yield job, record
         finally:
             if running:

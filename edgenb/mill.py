@@ -164,6 +164,7 @@ def manifest(folder: Path) -> dict:   # path -> SHA-256
 
 def _executed(path, out, values, **how):
     "Run a notebook; returns (error, cell), both None if it came to its end."
+    from jupyter_client.kernelspec import NoSuchKernel
     from papermill import PapermillExecutionError, execute_notebook
     from edgenb.kernels import KernelDied, engine
     try:
@@ -173,6 +174,8 @@ def _executed(path, out, values, **how):
         said = e.evalue.splitlines()[0] if e.evalue else ''
         return (said if e.ename == 'EdgenbError' else f'{e.ename}: {said}'), e.exec_count
     except KernelDied as e: return str(e), e.cell
+    except NoSuchKernel as e: raise EdgenbError(f'{path} asks for the kernel {e.name}, which is not installed here: install it (for Python: python -m ipykernel install --user --name {e.name}), or choose another in JupyterLab and save') from None
+    except RuntimeError as e: return f'its kernel did not come up: {(str(e).splitlines() or [""])[0]}', None
     return None, None
 
 def execute(path: Path,               # of a notebook
@@ -194,9 +197,14 @@ def execute(path: Path,               # of a notebook
               'seconds': None, 'error': None, 'cell': None, 'edgenb': edgenb.__version__}
     if not prepare_only: write_json(run.path/'job.json', record)
     started = time.perf_counter()
-    with _Aloud() if progress else contextlib.nullcontext():
-        error, cell = _executed(path, out, values, stop=stop, zygote=zygote, kernel_cwd=cwd if cwd and os.path.isdir(cwd) else os.getcwd(), kernel_env={'EDGENB_PANELS': 'static'} | ({'EDGENB_STATUS': str(status)} if status else {}), prepare_only=prepare_only, progress_bar=progress, log_output=log_output)
-    if status: status.unlink(missing_ok=True)
+    try:
+        with _Aloud() if progress else contextlib.nullcontext(): error, cell = _executed(path, out, values, stop=stop, zygote=zygote, kernel_cwd=cwd if cwd and os.path.isdir(cwd) else os.getcwd(), kernel_env={'EDGENB_PANELS': 'static'} | ({'EDGENB_STATUS': str(status)} if status else {}), prepare_only=prepare_only, progress_bar=progress, log_output=log_output)
+    except BaseException as e:   # it runs no longer, whatever this was
+        if not prepare_only:
+            with contextlib.suppress(EdgenbError): write_json(run.path/'job.json', record | {'status': 'failed', 'seconds': round(time.perf_counter() - started, 3), 'error': 'it was interrupted' if isinstance(e, KeyboardInterrupt) else str(e) if isinstance(e, EdgenbError) else f'{type(e).__name__}: {e}'})
+        raise
+    finally:
+        if status: status.unlink(missing_ok=True)
     if prepare_only: return record | {'status': 'prepared'}
     record |= {'status': 'failed' if error else 'done', 'seconds': round(time.perf_counter() - started, 3), 'error': error, 'cell': cell} | ({'wrote': manifest(run.path)} if by_digest and not error else {})
     write_json(run.path/'job.json', record)

@@ -388,7 +388,7 @@ def sweep_rows(swept: Swept) -> list:
     for name, point, record in zip(swept.plan.names, swept.plan.points, swept.records):
         row = summary(Run(swept.plan.folder/name)) if (swept.plan.folder/name).is_dir() else {}
         values = record.get('values') or point
-        rows.append({'run': name, 'parameters': {n: values.get(n) for n in swept.plan.varied}, 'status': record['status'], 'wall_s': record.get('seconds'), 'before': bool(record.get('skipped')), **row, 'reason': told(record)})
+        rows.append({'run': name, 'parameters': {n: values.get(n) for n in swept.plan.varied}, 'wall_s': record.get('seconds'), 'before': bool(record.get('skipped')), **row, 'status': record['status'], 'reason': told(record)})
     return rows
 
 def sweep_table(swept: Swept) -> str:
