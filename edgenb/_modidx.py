@@ -965,6 +965,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'edgenb.mill._Aloud._speak': ('mill.html#_aloud._speak', 'edgenb/mill.py'),
                              'edgenb.mill._assignments': ('mill.html#_assignments', 'edgenb/mill.py'),
                              'edgenb.mill._executed': ('mill.html#_executed', 'edgenb/mill.py'),
+                             'edgenb.mill._kind': ('mill.html#_kind', 'edgenb/mill.py'),
                              'edgenb.mill.check_parameters': ('mill.html#check_parameters', 'edgenb/mill.py'),
                              'edgenb.mill.execute': ('mill.html#execute', 'edgenb/mill.py'),
                              'edgenb.mill.headline': ('mill.html#headline', 'edgenb/mill.py'),

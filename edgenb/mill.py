@@ -52,14 +52,22 @@ class Parameter:
     type: str       # int, float, str, bool or list
     default: object
     help: str = ''
+    optional: bool = False   # None will do
 
     @property
     def choices(self) -> list:
         found = re.search(r'one of (.+)$', self.help)
         return [c.strip() for c in re.split(r',| or ', found[1]) if c.strip()] if found else []
 
+def _kind(text):
+    "(type, whether None will do) of an annotation."
+    if found := re.fullmatch(r'(?:\w+\.)?Optional\[(.+)\]', text): text = f'{found[1]} | None'
+    every = [k.strip() for k in text.split('|')]
+    some = [k for k in every if k != 'None']
+    return (some[0] if len(some) == 1 else text).split('[')[0], len(some) < len(every)
+
 def _assignments(source, path):
-    "(name, type, default, comment) of every assignment in a Python cell."
+    "(name, type, default, comment, whether None will do) of every assignment in a Python cell."
     try:
         tree = ast.parse(source)
         comments = {t.start[0]: t.string.lstrip('#').strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
@@ -71,7 +79,8 @@ def _assignments(source, path):
         except ValueError: raise EdgenbError(f'{path}: the parameter {targets[0].id} = {ast.unparse(node.value)} is not a plain value: a number, text, true or false, or a list of these') from None
         said = re.match(r'(?:type:\s*(\S+)\s*)?(.*)', comments.get(node.end_lineno, ''))
         kind = ast.unparse(node.annotation).strip('"\'') if isinstance(node, ast.AnnAssign) else said[1]
-        yield targets[0].id, (kind or type(default).__name__).split('[')[0], default, said[2]
+        kind, optional = _kind(kind or type(default).__name__)
+        yield targets[0].id, kind, float(default) if kind == 'float' and type(default) is int else default, said[2], optional
 
 def parameters(path: str | Path) -> dict:   # name -> Parameter
     "The parameters of a recipe's notebook."
@@ -87,6 +96,8 @@ def parameters(path: str | Path) -> dict:   # name -> Parameter
 def typed(p: Parameter, value) -> object:
     "`value` (text from a command line, or already a value) as the parameter's type; `EdgenbError` where it is not of it."
     def wrong(): return EdgenbError(f"parameter {p.name} = {value!r} is not {dict(int='a whole number', float='a number', bool='true or false', str='text', list='a list').get(p.type, p.type)} ({p.help or f'default {p.default!r}'})")
+    if value is None and p.optional: return None
+    if p.type not in ('int', 'float', 'bool', 'str', 'list'): raise EdgenbError(f'parameter {p.name} is declared as {p.type}, which cannot be set from outside: declare it as int, float, str, bool or list, or one of these | None')
     try:
         if p.type == 'bool': result = value if isinstance(value, bool) else {'true': True, 'false': False}[str(value).lower()]
         elif p.type == 'int':
@@ -108,7 +119,7 @@ def typed(p: Parameter, value) -> object:
 def check_parameters(known: dict, given: dict) -> dict:
     "Names and types of all given parameters, checked; returns them typed."
     for name in given:
-        if name not in known: raise EdgenbError(f'there is no parameter {name}.{did_you_mean(name, known)}')
+        if name not in known: raise EdgenbError(f'there is no parameter {name}.{did_you_mean(str(name), known)}')   # YAML has names that are no text
     return {n: typed(known[n], v) for n, v in given.items()}
 
 # %% ../nbs/09_mill.ipynb #b7d20f61
@@ -237,7 +248,7 @@ def values_of(run: Run) -> dict:
     for path in run.path.glob('*.ipynb'):
         try:
             injected = next((c for c in read_notebook(path)['cells'] if 'injected-parameters' in c.get('metadata', {}).get('tags', [])), None)
-            return {n: p.default for n, p in parameters(path).items() if n != 'output_dir'} | ({n: v for n, _, v, _ in _assignments(''.join(injected['source']), path) if n != 'output_dir'} if injected else {})
+            return {n: p.default for n, p in parameters(path).items() if n != 'output_dir'} | ({n: v for n, _, v, *_ in _assignments(''.join(injected['source']), path) if n != 'output_dir'} if injected else {})
         except EdgenbError: continue
     return {}
 

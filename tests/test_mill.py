@@ -161,3 +161,19 @@ def test_a_run_that_ends_in_any_way_is_not_left_as_running(tmp_path, monkeypatch
     stop = Stop(); stop.now('enough')
     with FileLock(tmp_path/'run'/'.job.lock'): assert do(bad, stop=stop)['error'] == 'enough' and record_of(tmp_path/'run')['status'] == 'running'    # it is another's
     assert 'not a plain value' in do(bad)['error'] and record_of(tmp_path/'run')['status'] == 'failed'
+
+
+def test_a_parameter_that_may_be_none_has_the_other_type_and_other_kinds_are_refused(tmp_path):
+    from edgenb.mill import check_parameters
+    known = parameters(notebook(tmp_path/'toy.ipynb', choices='m: int | None = None\nr: Optional[float] = None\ns: "str | None" = "a"\nd: dict[str, int | None] = {}\nt: tuple = (1,)\ne: int | str = 0\nu = None\nl: list[int | None] = [1]\nf: float = 0'))
+    given = check_parameters(known, {'m': '5', 'r': '1', 's': None, 'l': ['x']})
+    assert given == {'m': 5, 'r': 1.0, 's': None, 'l': ['x']} and [type(v) for v in given.values()] == [int, float, type(None), list]
+    assert type(known['f'].default) is float                                # given as 0 and not given are the same run
+    with pytest.raises(EdgenbError, match='whole number'): check_parameters(known, {'m': 'five'})
+    for name in 'dteu':
+        with pytest.raises(EdgenbError, match=f'{name} is declared as .* cannot be set'): check_parameters(known, {name: '5'})
+
+
+def test_a_name_in_yaml_that_is_no_text_is_a_line(tmp_path):
+    notebook(tmp_path/'toy.ipynb', '1')
+    for text in ('1: 2', 'on: x'): refused(call('run', 'toy.ipynb', '-y', text, cwd=tmp_path), 'there is no parameter')
