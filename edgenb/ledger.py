@@ -7,10 +7,10 @@ __all__ = ['ARTIFACT', 'AXES', 'COLOURS', 'PAGE', 'table', 'flat', 'with_columns
            'as_page', 'as_csv', 'to_mlflow']
 
 # %% ../nbs/66_ledger.ipynb #2657b0ec
-import contextlib, csv, functools, html, io, json, os
+import contextlib, csv, html, io, json, os
 from pathlib import Path
 from .core import EdgenbError, Run, did_you_mean, write_atomic
-from .mill import COLUMNS, ledger, text_table, values_of
+from .mill import COLUMNS, found_by, ledger, text_table, values_of
 
 # %% ../nbs/66_ledger.ipynb #1cfcceda
 ARTIFACT = ('artifact', 'runtime', 'precision', 'device', 'metric', 'value', 'low', 'high', 'delta', 'delta_low', 'delta_high', 'p50_ms', 'p95_ms', 'p99_ms', 'size_mb', 'rss_mb', 'verdict', 'reason')
@@ -33,18 +33,12 @@ def flat(row: dict) -> dict:
     "A row with its parameters as columns; where both have a name, the row's own stands unless it is empty."
     return row.get('parameters', {}) | {k: v for k, v in row.items() if k != 'parameters' and not (v in (None, '') and k in row.get('parameters', {}))}
 
-def _found(row, column):
-    "What a room found, by a dotted name."
-    room, *path = column.split('.')
-    try: return functools.reduce(lambda v, k: v[int(k)] if isinstance(v, list) else v[k], path, Run(row['path']).card(room).result)
-    except (EdgenbError, KeyError, TypeError, ValueError, IndexError): return None
-
 def with_columns(rows: list, columns: list) -> list:
     "Flat rows that have these columns; unknown names are refused."
     flats = [flat(r) for r in rows]
     known = {k for r in flats for k in r}
     for c in columns:
-        if '.' in c: flats = [f | {c: _found(r, c)} for f, r in zip(flats, rows)]
+        if '.' in c: flats = [f | {c: found_by(r['path'], c)} for f, r in zip(flats, rows)]
         if rows and not any(c in f and (c in known or f[c] is not None) for f in flats): raise EdgenbError(f'no run has a column {c}.{did_you_mean(c, known)}')
     return flats
 

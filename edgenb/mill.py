@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'recipes', 'recipe', 'read_notebook', 'headline', 'Parameter', 'parameters', 'typed', 'check_parameters',
-           'read_yaml', 'record_of', 'manifest', 'execute', 'run_recipe', 'told', 'values_of', 'summary', 'ledger',
-           'plan_of', 'text_table', 'ledger_table']
+           'read_yaml', 'record_of', 'manifest', 'execute', 'run_recipe', 'told', 'values_of', 'found_by', 'summary',
+           'ledger', 'plan_of', 'text_table', 'ledger_table']
 
 # %% ../nbs/09_mill.ipynb #dca6fd3f
-import ast, contextlib, datetime, io, json, os, re, shutil, sys, tempfile, threading, time, tokenize
+import ast, contextlib, datetime, functools, glob, io, json, os, re, shutil, sys, tempfile, threading, time, tokenize
 from dataclasses import dataclass
 from pathlib import Path
 import edgenb
-from .core import EdgenbError, Run, did_you_mean, digest, file_errors, settings, within, write_json
+from .core import Card, EdgenbError, Run, did_you_mean, digest, file_errors, settings, within, write_json
 
 # %% ../nbs/09_mill.ipynb #9b8cc4bd
 def recipes(start: str | Path = '.') -> dict:   # name -> notebook
@@ -251,6 +251,12 @@ def values_of(run: Run) -> dict:
             return {n: p.default for n, p in parameters(path).items() if n != 'output_dir'} | ({n: v for n, _, v, *_ in _assignments(''.join(injected['source']), path) if n != 'output_dir'} if injected else {})
         except EdgenbError: continue
     return {}
+
+def found_by(folder: str | Path, column: str):   # None where there is no such thing
+    "What a room found, by a dotted name; the room may be one that nothing here has imported."
+    room, *path = column.split('.')
+    try: return functools.reduce(lambda v, k: v[int(k)] if isinstance(v, list) else v[k], path, Card.load(next(Path(folder).glob(f'[0-9][0-9]-{glob.escape(room)}.json'))).result)
+    except (EdgenbError, KeyError, TypeError, ValueError, IndexError, StopIteration): return None
 
 def summary(run: Run) -> dict:
     "One row about a run, from its cards and its record."

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import edgenb
 from .core import EdgenbError, Run, _imported, _read_source, _versions, did_you_mean, digest_of, file_errors, settings, write_atomic, write_json
-from .mill import Parameter, check_parameters, parameters, read_yaml, recipe, record_of, summary, told, typed
+from .mill import Parameter, check_parameters, found_by, parameters, read_yaml, recipe, record_of, summary, told, typed
 
 # %% ../nbs/63_sweep.ipynb #09e53bcc
 @dataclass(frozen=True)
@@ -271,12 +271,7 @@ def default_workers(known: dict) -> int:
 
 def _value(folder, column):
     "A figure of a finished run: a column of the table, or room.name of its result."
-    if '.' not in column:
-        value = summary(Run(folder)).get(column)
-        return value if isinstance(value, (int, float)) and math.isfinite(value) else None
-    room, *path = column.split('.')
-    try: value = functools.reduce(lambda v, k: v[k], path, Run(folder).card(room).result)
-    except (EdgenbError, KeyError, TypeError): return None
+    value = found_by(folder, column) if '.' in column else summary(Run(folder)).get(column)
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 NUMBERS = ('value', 'low', 'high', 'delta', 'p95_ms', 'size_mb', 'seconds')   # of the table; a search can be for these
@@ -379,6 +374,10 @@ def search_sweep(name: str, axes: dict, common: dict, trials: int, goal: str, ma
         for number in trial_of[j.folder.name]: found.tell(number, value)
     plan = Plan(notebook, folder, tuple(points.values()), tuple(points), tuple(axes), trials - len(points))
     write_json(plan.path, {'recipe': notebook.stem, 'notebook': str(notebook), 'edgenb': edgenb.__version__, 'varied': plan.varied, 'runs': points, 'search': {'goal': goal, 'maximize': maximize, 'seed': seed, 'trials': trials}})
+    ended = [n for n in points if records[n]['status'] == 'done']
+    if ended and not any(v is not None for v in found.results.values()):
+        names = [f'{c.room}.{k}' for c in Run(folder/ended[-1]).cards() for k, v in c.result.items() if isinstance(v, (int, float))]
+        raise EdgenbError(f'none of {len(ended)} finished runs has a number {goal}, so nothing was searched.{did_you_mean(goal, [*NUMBERS, *names])}')
     return Swept(plan, tuple(records[n] for n in points), time.perf_counter() - started)
 
 # %% ../nbs/63_sweep.ipynb #841f4124

@@ -213,3 +213,33 @@ def test_a_recipe_that_is_edited_while_a_sweep_runs_is_run_as_it_was_planned(wor
     done = sweep(plan, workers=1, said=lambda line: None)
     assert done.failed == 0 and [(plan.folder/n/'n.txt').read_text() for n in plan.names] == ['old']*2 and (plan.folder/plan.names[0]/'wrote.ipynb').is_file()
     assert standing(plan_sweep('wrote.ipynb', {'n': [1, 2]})) == ['new']*2
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    "An executor that leaves the card of a room that nothing here knows, and starts no kernel."
+    from edgenb import executors
+    from edgenb.core import Card, digest_of, write_json
+    seen = []
+    def runs(jobs, workers):
+        for job in jobs:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            Card('mine', digest_of(job.values), {}, {}, {}, {'square': {'of': job.values['n']**2}, 'flat': 1}, 'synthetic', '2026-01-01T00:00:00+00:00', 0.1, {}, '0').save(job.folder/'02-mine.json')
+            record = {'status': 'done', 'recipe': 'toy', 'values': job.values, 'seconds': 0.1, 'wrote': {}}
+            write_json(job.folder/'job.json', record)
+            seen.append(job)
+            yield job, record
+    monkeypatch.setitem(executors.EXECUTORS, 'at once', runs)
+    return seen
+
+
+def test_a_search_is_led_by_what_a_room_of_ones_own_found(workspace, at_once):
+    from edgenb.sweep import Span, search_sweep
+    far = lambda found: [abs(r['values']['n']) for r in found.records]
+    said = []
+    found = [search_sweep('toy.ipynb', {'n': Span(-500, 500)}, {}, 30, 'mine.square.of', maximize, workers=1, where='at once', said=said.append) for maximize in (False, True)]
+    assert not any('does not count' in line for line in said)
+    assert min(far(found[0])) < 20 and max(far(found[1])) > 480 and sum(far(found[0])[15:]) < sum(far(found[1])[15:])/2      # the later ones follow the goal
+    with pytest.raises(EdgenbError, match='none of .* has a number mine.flt.*Did you mean mine.flat'): search_sweep('toy.ipynb', {'n': Span(-500, 500)}, {}, 2, 'mine.flt', True, workers=1, where='at once', said=said.append)
+    shown = call('compare', 'runs/toy', '--columns', 'run,mine.square.of', cwd=workspace)
+    assert shown.returncode == 0 and len(shown.stdout.splitlines()[1].split()) == 2
