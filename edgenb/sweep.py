@@ -156,18 +156,12 @@ def _code(notebook):
 @functools.lru_cache(maxsize=4096)
 def _stamp(path: str, runs: str):
     "Sizes and times of a file, or of all that lies in a folder except the runs; None for text that names nothing."
-    p = Path(path)
-    try:
-        if p.is_file() and p.suffix != '.json': return [p.stat().st_size, p.stat().st_mtime_ns]
-        if p.is_file(): p = p.parent   # a listing: the data room reads what is beside it
-        if not p.is_dir() or p.resolve() == p.resolve().parent: return None   # nobody's data is the whole disk
-        found = []
-        for at, folders, files in os.walk(p):
-            folders[:] = sorted(f for f in folders if os.path.realpath(os.path.join(at, f)) != runs)
-            for f in sorted(files):
-                with contextlib.suppress(OSError): s = os.stat(full := os.path.join(at, f)); found.append([os.path.relpath(full, p), s.st_size, s.st_mtime_ns])   # gone meanwhile, or a link to nothing
-        return digest_of(found)
-    except (OSError, ValueError): return None   # text that cannot be a path
+    from edgenb.executors import listed
+    if (files := listed(path, runs)) is None: return None
+    found = []
+    for name, p in files:
+        with contextlib.suppress(OSError): s = p.stat(); found.append([name, s.st_size, s.st_mtime_ns])   # gone meanwhile, or a link to nothing
+    return digest_of(found)
 
 def _stamps(value, runs):
     texts = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v]
@@ -263,11 +257,15 @@ class Search:
         self.results[number] = value
 
 # %% ../nbs/63_sweep.ipynb #37f00f6d
-def default_workers(known: dict) -> int:
-    "Runs at once: as many as there are cores for, by the threads one of them trains with."
+def default_workers(known: dict, points: list = ()) -> int:
+    "Runs at once: as many as there are cores for, by the threads that the most threaded of them trains with."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    threads = known['num_threads'].default if 'num_threads' in known else 1
+    threads = max((p.get('num_threads', known['num_threads'].default) for p in points or [{}]), default=1) if 'num_threads' in known else 1
     return max(1, cores//max(1, int(threads)))
+
+def _at_once(workers, where, options, known, points):
+    "Runs at once: as asked; otherwise what this machine's cores allow, or all places of a cluster elsewhere."
+    return workers or (None if where == 'dask' and options.get('scheduler', 'local') != 'local' else default_workers(known, points))
 
 def _value(folder, column):
     "A figure of a finished run: a column of the table, or room.name of its result."
@@ -329,7 +327,7 @@ def sweep(plan: Plan,
     if records: said(f'{len(records)} of {len(plan.names)} runs finished before')
     notebook = _frozen(plan.recipe, plan.text, plan.folder)
     jobs = [Job(notebook, p, plan.folder/n, timeout, os.getcwd()) for n, p in zip(plan.names, plan.points) if n not in records]
-    for job, record in _go(jobs, plan, workers or default_workers(known), where, options, said, len(jobs)): records[job.folder.name] = record
+    for job, record in _go(jobs, plan, _at_once(workers, where, options, known, plan.points), where, options, said, len(jobs)): records[job.folder.name] = record
     return Swept(plan, tuple(records[n] for n in plan.names), time.perf_counter() - started)
 
 # %% ../nbs/63_sweep.ipynb #d59566a1
@@ -366,8 +364,9 @@ def search_sweep(name: str, axes: dict, common: dict, trials: int, goal: str, ma
             if finished(j.folder): records.setdefault(j.folder.name, record_of(j.folder) | {'skipped': True})
             if j.folder.name in records: found.tell(number, _value(j.folder, goal) if records[j.folder.name]['status'] == 'done' else None)   # its result is known
             elif len(trial_of[j.folder.name]) == 1: yield j
-    shape = Plan(notebook, folder, (), (), tuple(axes))
-    for j, record in _go(jobs(), shape, workers or default_workers(known), where, options, said, trials):
+    shape, threads = Plan(notebook, folder, (), (), tuple(axes)), axes.get('num_threads', [])
+    widest = [common | {'num_threads': n} for n in (threads if isinstance(threads, list) else [threads.high])] or [common]
+    for j, record in _go(jobs(), shape, _at_once(workers, where, options, known, widest), where, options, said, trials):
         records[j.folder.name] = record
         value = _value(j.folder, goal) if record['status'] == 'done' else None
         if record['status'] == 'done' and value is None: said(f'{j.folder.name} has no {goal}: it does not count')

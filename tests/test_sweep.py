@@ -171,10 +171,12 @@ def test_results_of_workers_without_a_common_disk_arrive_by_digest(workspace, cl
         client.run(not_shared)
         job = executors.Job(workspace/'far.ipynb', {'n': 3}, workspace/'runs'/'far'/'point-x')
         fields = {k: str(v) if isinstance(v, Path) else v for k, v in vars(job).items()}
-        future = client.submit(executors.work, fields, job.notebook.read_text(), (str(workspace/'no-such-mark'), 'x'), pure=False)
-        record = executors._arrived(client, future, job)
+        future = client.submit(executors.work, fields, job.notebook.read_text(), (str(workspace/'no-such-mark'), 'x'), executors.code_of_edgenb(), {}, pure=False)
+        record = executors._arrived(client, future, job, fetched := [])
+        left = list(elsewhere.rglob('n.bin'))
+        client.run(executors.forget, [*fetched, str(workspace/'runs'/'far'/'point-x')])       # the second is not the worker's to delete
     assert record['status'] == 'done' and executors.finished(job.folder) and (job.folder/'n.bin').read_bytes() == bytes(range(256))*3
-    assert list(elsewhere.rglob('n.bin')) and record_of(job.folder)['wrote'] == record['wrote']
+    assert left and not list(elsewhere.rglob('*far*')) and record_of(job.folder)['wrote'] == record['wrote']
 
 
 def test_whatever_a_rooms_key_holds_is_in_the_name_of_a_point(workspace, monkeypatch):
@@ -243,3 +245,65 @@ def test_a_search_is_led_by_what_a_room_of_ones_own_found(workspace, at_once):
     with pytest.raises(EdgenbError, match='none of .* has a number mine.flt.*Did you mean mine.flat'): search_sweep('toy.ipynb', {'n': Span(-500, 500)}, {}, 2, 'mine.flt', True, workers=1, where='at once', said=said.append)
     shown = call('compare', 'runs/toy', '--columns', 'run,mine.square.of', cwd=workspace)
     assert shown.returncode == 0 and len(shown.stdout.splitlines()[1].split()) == 2
+
+
+@pytest.fixture
+def elsewhere(workspace, tmp_path_factory, monkeypatch):
+    "Does a job here as a worker that sees another disk would."
+    import tempfile
+    from edgenb import executors
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path_factory.mktemp('elsewhere')))
+    def at(notebook, values, code=None, files={}):
+        job = executors.Job(workspace/notebook, values, workspace/'runs'/Path(notebook).stem/'point-x')
+        return executors.work({k: str(v) if isinstance(v, Path) else v for k, v in vars(job).items()}, job.notebook.read_text(), (str(workspace/'no-such-mark'), 'x'), code or executors.code_of_edgenb(), files)
+    yield at
+    for z, _ in executors._ZYGOTES.values(): z.close()
+    executors._ZYGOTES.clear()
+
+
+def test_a_worker_with_other_code_does_nothing_also_if_it_joins_late_or_has_not_been_restarted(workspace, elsewhere, monkeypatch):
+    from edgenb import executors
+    with pytest.raises(EdgenbError, match='restart the worker'): elsewhere('toy.ipynb', {'n': 1}, code='another')
+    monkeypatch.setattr(executors, 'code_of_edgenb', lambda: 'edited')                     # on the disk, after this process loaded it
+    with pytest.raises(EdgenbError, match='restart the worker'): elsewhere('toy.ipynb', {'n': 1})
+    assert executors.about_worker()[1] != 'edited' and not list(workspace.glob('tally'))
+
+
+def test_a_path_that_names_other_data_on_a_worker_is_refused(workspace, elsewhere, monkeypatch, tmp_path_factory):
+    from edgenb import executors
+    notebook(workspace/'reads.ipynb', "open(f'{output_dir}/n.txt', 'w').write(open(f'{source}/a.txt').read())", choices="output_dir: str = ''\nsource: str = 'photos'\nn: int = 0")
+    (workspace/'photos').mkdir(); (workspace/'photos'/'a.txt').write_text('ours')
+    files = executors.contents(executors.Job(workspace/'reads.ipynb', {'n': 1}, workspace/'runs'/'reads'/'point-x'))
+    assert list(files) == ['photos']
+    other = tmp_path_factory.mktemp('other')
+    monkeypatch.chdir(other)
+    with pytest.raises(EdgenbError, match='photos is not on'): elsewhere('reads.ipynb', {'n': 1}, files=files)
+    (other/'photos').mkdir(); (other/'photos'/'a.txt').write_text('hers')
+    with pytest.raises(EdgenbError, match='other data'): elsewhere('reads.ipynb', {'n': 1}, files=files)
+    (other/'photos'/'a.txt').write_text('ours')
+    assert elsewhere('reads.ipynb', {'n': 1}, files=files)['status'] == 'done'
+
+
+def test_a_worker_keeps_one_zygote(workspace, elsewhere):
+    from edgenb import executors
+    for n in (1, 2):
+        notebook(workspace/'small.ipynb', f'print({n})')
+        assert elsewhere('small.ipynb', {'n': n})['status'] == 'done'
+    with executors._zygote(workspace/'small.ipynb') as used, executors._zygote(workspace/'toy.ipynb') as other:
+        assert used.process.poll() is None and used is not other                           # one that is in use stays
+    with executors._zygote(workspace/'toy.ipynb') as again: assert again is other and used.process.poll() is not None and len(executors._ZYGOTES) == 1
+
+
+def test_runs_at_once_go_by_the_most_threads_any_of_them_asks_for(monkeypatch):
+    from edgenb.sweep import _at_once
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)), raising=False)
+    known = {'num_threads': Parameter('num_threads', 'int', 1)}
+    at_once = lambda where='local', options={}, workers=None: _at_once(workers, where, options, known, [{'num_threads': 2}, {'num_threads': 4}, {}])
+    assert (at_once(), at_once(workers=3), at_once('dask'), at_once('dask', {'scheduler': 'tcp://x:1'}), at_once('dask', {'scheduler': 'tcp://x:1'}, 3)) == (2, 3, 2, None, 3)
+
+
+def test_a_cluster_does_as_many_runs_at_once_as_asked(workspace, cluster):
+    code = f"import os, time\nopen(f'{workspace}/busy-{{n}}', 'w').close(); time.sleep(0.3)\nprint(len([p for p in os.listdir({str(workspace)!r}) if p.startswith('busy-')]), file=open(f'{workspace}/seen-{{n}}', 'w'))\nos.unlink(f'{workspace}/busy-{{n}}')"
+    notebook(workspace/'busy.ipynb', code)
+    told = last_json(call('sweep', 'busy.ipynb', '-g', 'n=1,2,3', '--workers', '1', '--scheduler', cluster.scheduler_address, '--json', cwd=workspace))
+    assert told['done'] == 3 and [p.read_text().strip() for p in sorted(workspace.glob('seen-*'))] == ['1']*3
