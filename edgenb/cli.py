@@ -170,12 +170,16 @@ def command_verify(args):
 def command_compare(args):
     "one table of all runs"
     import json
-    from edgenb.core import write_atomic
+    from pathlib import Path
+    from edgenb.core import EdgenbError, write_atomic
     from edgenb.ledger import as_csv, as_page, as_text, ask, table, to_mlflow, with_columns
     columns = [c.strip() for c in args.columns.split(',') if c.strip()] if args.columns else None
     rows = ask(table(args.runs, args.artifacts), args.where, args.sort)
-    if args.html: write_atomic(args.html, as_page(rows, columns, f"Runs in {args.runs or 'this workspace'}"))
-    if args.csv: write_atomic(args.csv, as_csv(rows, columns))
+    def write(path, text):
+        try: Path(path).parent.mkdir(parents=True, exist_ok=True); write_atomic(path, text)
+        except OSError as e: raise EdgenbError(f'cannot write {path}: {e.strerror}') from None
+    if args.html: write(args.html, as_page(rows, columns, f"Runs in {args.runs or 'this workspace'}"))
+    if args.csv: write(args.csv, as_csv(rows, columns))
     if args.mlflow: print('MLflow: {} new runs, {} updated'.format(*to_mlflow(rows, args.mlflow)), file=sys.stderr)
     if args.json: print(json.dumps([{c: f.get(c) for c in columns} for f in with_columns(rows, columns)] if columns else rows, indent=1))
     elif not rows: print('no run is like that' if args.where else 'no runs')
