@@ -745,6 +745,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'edgenb.ledger': { 'edgenb.ledger._artifacts': ('ledger.html#_artifacts', 'edgenb/ledger.py'),
                                'edgenb.ledger._cell': ('ledger.html#_cell', 'edgenb/ledger.py'),
                                'edgenb.ledger._into_mlflow': ('ledger.html#_into_mlflow', 'edgenb/ledger.py'),
+                               'edgenb.ledger._varied': ('ledger.html#_varied', 'edgenb/ledger.py'),
                                'edgenb.ledger._where': ('ledger.html#_where', 'edgenb/ledger.py'),
                                'edgenb.ledger.as_csv': ('ledger.html#as_csv', 'edgenb/ledger.py'),
                                'edgenb.ledger.as_page': ('ledger.html#as_page', 'edgenb/ledger.py'),
