@@ -1557,6 +1557,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'edgenb.sweep._frozen': ('sweep.html#_frozen', 'edgenb/sweep.py'),
                               'edgenb.sweep._go': ('sweep.html#_go', 'edgenb/sweep.py'),
                               'edgenb.sweep._installed': ('sweep.html#_installed', 'edgenb/sweep.py'),
+                              'edgenb.sweep._number': ('sweep.html#_number', 'edgenb/sweep.py'),
                               'edgenb.sweep._span': ('sweep.html#_span', 'edgenb/sweep.py'),
                               'edgenb.sweep._stamp': ('sweep.html#_stamp', 'edgenb/sweep.py'),
                               'edgenb.sweep._stamps': ('sweep.html#_stamps', 'edgenb/sweep.py'),

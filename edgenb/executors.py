@@ -311,6 +311,9 @@ EXECUTORS: dict = {'local': local, 'dask': dask}   # name -> executor
 
 def executor(name: str):
     "An executor by name; other packages add theirs in the entry-point group `edgenb.executors`."
-    for entry in importlib.metadata.entry_points(group='edgenb.executors'): EXECUTORS.setdefault(entry.name, entry.load())
-    if name not in EXECUTORS: raise EdgenbError(f'there is no executor {name}.{did_you_mean(name, EXECUTORS)}')
+    if name in EXECUTORS: return EXECUTORS[name]
+    there = {e.name: e for e in importlib.metadata.entry_points(group='edgenb.executors')}   # only the one that is asked for is loaded: another may be broken
+    if name not in there: raise EdgenbError(f'there is no executor {name}.{did_you_mean(name, {*EXECUTORS, *there})}')
+    try: EXECUTORS[name] = there[name].load()
+    except Exception as e: raise EdgenbError(f'the executor {name} ({there[name].value}) cannot be loaded: {type(e).__name__}: {e}') from None
     return EXECUTORS[name]

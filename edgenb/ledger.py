@@ -50,9 +50,10 @@ def _where(flats, condition):
     try: import duckdb, pandas
     except ModuleNotFoundError as e: raise EdgenbError(f"--where needs {e.name}: pip install 'edgenb[lab]'") from None
     frame = pandas.DataFrame([{k: _cell(v) for k, v in f.items()} for f in flats])
+    mixed = []
     for c in frame.columns[frame.dtypes == object]:
         kinds = {type(v) for v in frame[c] if v is not None and v == v}
-        if len(kinds) > 1: frame[c] = [None if v is None or v != v else str(v) for v in frame[c]]
+        if len(kinds) > 1: mixed.append(c); frame[c] = [None if v is None or v != v else str(v) for v in frame[c]]
     frame['_at'] = range(len(frame))
     with contextlib.closing(duckdb.connect(config={'enable_external_access': 'false'})) as con:
         con.register('rows', frame)
@@ -60,7 +61,7 @@ def _where(flats, condition):
         except duckdb.Error as e:
             said = str(e).split('\n')[0]
             missing = next((w for w in said.split('"')[1:2] if 'not found' in said), None)
-            raise EdgenbError(f'--where {condition}: ' + (f'there is no column {missing}.{did_you_mean(missing, [c for c in frame.columns if c != "_at"])}' if missing else said)) from None
+            raise EdgenbError(f'--where {condition}: ' + (f'there is no column {missing}.{did_you_mean(missing, [c for c in frame.columns if c != "_at"])}' if missing else said) + ''.join(f'. {c} is text in some runs and a number in others: try_cast({c} as double)' for c in mixed if re.search(rf'\b{re.escape(c)}\b', condition))) from None
 
 def ask(rows: list, where: str | None = None, sort: str | None = None   # a column, or 'column desc'
        ) -> list:

@@ -22,9 +22,13 @@ class Span:
     low: float
     high: float
     log: bool = False
-    def __str__(self): return f"{self.low:g}..{self.high:g}{':log' if self.log else ''}"
+    def __str__(self): return f"{self.low}..{self.high}{':log' if self.log else ''}"
 
 MOST_RUNS = 100_000
+
+def _number(text):
+    try: float(text); return True
+    except ValueError: return False
 
 def _span(p: Parameter, low, high, log=False) -> Span:
     if p.type not in ('int', 'float'): raise EdgenbError(f'parameter {p.name} is {p.type}: a range is for numbers, give values')
@@ -48,7 +52,7 @@ def axis(text: str,       # name=value,value or name=low..high
     name, equals, rest = text.partition('=')
     if not equals: raise EdgenbError(f'-g {text} is not an axis: name=value,value')
     if name not in known: raise EdgenbError(f'there is no parameter {name}.{did_you_mean(name, known)}')
-    if found := re.fullmatch(r'([^,\[]+?)\.\.([^,]+?)(:log)?', rest.strip()): return name, _span(known[name], found[1], found[2], bool(found[3]))
+    if (found := re.fullmatch(r'([^,\[]+?)\.\.([^,]+?)(:log)?', rest.strip())) and (known[name].type in ('int', 'float') or _number(found[1]) and _number(found[2])): return name, _span(known[name], found[1], found[2], bool(found[3]))
     values = read_yaml(rest, f'-g {name}') if rest.strip().startswith('[') else [v.strip() for v in rest.split(',') if v.strip()]
     return name, _values(known[name], values)
 
@@ -332,8 +336,8 @@ def sweep(plan: Plan,
 
 # %% ../nbs/63_sweep.ipynb #d59566a1
 def search_sweep(name: str, axes: dict, common: dict, trials: int, goal: str, maximize: bool, seed: int = 0, runs: Path | None = None,
-                 workers: int | None = None, timeout: float | None = None, where: str = 'local', options: dict = {}, dry_run: bool = False,
-                 said=lambda line: print(line, file=sys.stderr, flush=True)) -> Swept:
+                 workers: int | None = None, timeout: float | None = None, where: str = 'local', options: dict = {}, dry_run: bool = False,   # say what would be done, as a dict
+                 said=lambda line: print(line, file=sys.stderr, flush=True)) -> Swept | dict:
     "Search for the point with the best `goal`; the same call goes on where it was."
     from edgenb.executors import Job, finished
     check_goal(goal)
@@ -350,7 +354,7 @@ def search_sweep(name: str, axes: dict, common: dict, trials: int, goal: str, ma
     found = Search(folder/'.sweeps'/f'search-{identity}.json', axes, maximize, seed)
     if dry_run:
         stands = standing(Plan(notebook, folder, tuple(p := [common | found.ask(n) for n in range(min(trials, len(found.asked)))]), tuple(point_name(notebook, known, q, folder) for q in p), ()))
-        return f"{trials} runs that {'maximize' if maximize else 'minimize'} {goal} over {', '.join(f'{n} ({len(v)} values)' if isinstance(v, list) else f'{n} ({v})' for n, v in axes.items())}; {len(found.asked)} proposed before, {stands.count('finished')} of these finished"
+        return {'search': goal, 'maximize': maximize, 'trials': trials, 'axes': space, 'proposed': len(found.asked), 'finished': stands.count('finished')}
     points, trial_of, records, frozen = {}, {}, {}, _frozen(notebook, _text(notebook), folder)
     def job(number):
         point = common | found.ask(number)
@@ -366,7 +370,8 @@ def search_sweep(name: str, axes: dict, common: dict, trials: int, goal: str, ma
             elif len(trial_of[j.folder.name]) == 1: yield j
     shape, threads = Plan(notebook, folder, (), (), tuple(axes)), axes.get('num_threads', [])
     widest = [common | {'num_threads': n} for n in (threads if isinstance(threads, list) else [threads.high])] or [common]
-    for j, record in _go(jobs(), shape, _at_once(workers, where, options, known, widest), where, options, said, trials):
+    if before := sum(finished(job(n).folder) for n in range(min(trials, len(found.asked)))): said(f'{before} of {trials} runs finished before')
+    for j, record in _go(jobs(), shape, _at_once(workers, where, options, known, widest), where, options, said, trials - before):
         records[j.folder.name] = record
         value = _value(j.folder, goal) if record['status'] == 'done' else None
         if record['status'] == 'done' and value is None: said(f'{j.folder.name} has no {goal}: it does not count')
@@ -392,5 +397,6 @@ def sweep_rows(swept: Swept) -> list:
 def sweep_table(swept: Swept) -> str:
     "As aligned text."
     from edgenb.mill import text_table
-    rows = [r['parameters'] | {k: r.get(k) for k in ('run', 'status', 'wall_s', 'artifact', 'metric', 'value', 'p95_ms', 'size_mb', 'verdict', 'reason')} for r in sweep_rows(swept)]
-    return text_table(rows, [*swept.plan.varied, 'run', 'status', 'wall_s', 'artifact', 'metric', 'value', 'p95_ms', 'size_mb', 'verdict', 'reason'])
+    own = ('run', 'status', 'wall_s', 'artifact', 'metric', 'value', 'p95_ms', 'size_mb', 'verdict', 'reason')
+    named = {n: f'parameter {n}' if n in own else n for n in swept.plan.varied}   # one may be called as a column is
+    return text_table([{named[n]: v for n, v in r['parameters'].items()} | {k: r.get(k) for k in own} for r in sweep_rows(swept)], [*named.values(), *own])

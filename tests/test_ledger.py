@@ -99,3 +99,9 @@ def test_mlflow_takes_quotes_and_changed_parameters_and_learns_no_path_and_no_me
     found = client.search_runs([client.get_experiment_by_name('bob_s').experiment_id])
     assert sorted(r.data.params['n'] for r in found) == ['1', '2', '3'] and {r.data.tags.get('edgenb.reason') for r in found} == {'ValueError', None}
     assert not [v for r in found for v in r.data.tags.values() if '/home/bob' in v or 'Smith' in v]
+
+
+def test_a_column_that_is_text_in_some_runs_is_refused_with_the_way_out():
+    rows = [{'recipe': 'a', 'run': 'x', 'parameters': {'n': 1}}, {'recipe': 'b', 'run': 'y', 'parameters': {'n': 'one'}}]
+    with pytest.raises(EdgenbError, match=r'try_cast\(n as double\)'): ask(rows, 'n > 0')
+    assert [r['run'] for r in ask(rows, 'try_cast(n as double) > 0')] == ['x']

@@ -307,3 +307,37 @@ def test_a_cluster_does_as_many_runs_at_once_as_asked(workspace, cluster):
     notebook(workspace/'busy.ipynb', code)
     told = last_json(call('sweep', 'busy.ipynb', '-g', 'n=1,2,3', '--workers', '1', '--scheduler', cluster.scheduler_address, '--json', cwd=workspace))
     assert told['done'] == 3 and [p.read_text().strip() for p in sorted(workspace.glob('seen-*'))] == ['1']*3
+
+
+def test_a_path_with_dots_is_no_range_and_near_ranges_are_two(workspace):
+    from edgenb.sweep import Span
+    known = {'source': Parameter('source', 'str', ''), 'n': Parameter('n', 'int', 0)}
+    assert axis('source=../../photos', known) == ('source', ['../../photos']) and axis('n=1..3', known) == ('n', Span(1, 3))
+    with pytest.raises(EdgenbError, match='whole number'): axis('n=1..x', known)
+    assert str(Span(1000000, 2000001)) != str(Span(1000000, 2000000))
+
+
+def test_a_parameter_that_is_called_as_a_column_is_keeps_its_own(workspace, at_once):
+    from edgenb.sweep import sweep_table
+    notebook(workspace/'odd.ipynb', '1', choices='n: int = 0\nvalue: int = 0')
+    table = sweep_table(sweep(plan_sweep('odd.ipynb', {'value': [41, 42]}, common={'n': 1}), where='at once', said=lambda line: None))
+    assert 'parameter value' in table.splitlines()[0] and '42' in table.splitlines()[2].split()
+
+
+def test_a_search_says_what_it_would_do_as_json_and_counts_what_finished_before(workspace, at_once):
+    from edgenb.sweep import search_sweep
+    ask = lambda trials, said: search_sweep('toy.ipynb', {'n': list(range(100))}, {}, trials, 'mine.flat', True, workers=1, where='at once', said=said.append)
+    ask(3, []); ask(5, said := [])
+    assert said[0] == '3 of 5 runs finished before' and [line.split()[0] for line in said[1:]] == ['1/2', '2/2']
+    told = json.loads(call('sweep', 'toy.ipynb', '-g', f"n={','.join(map(str, range(100)))}", '--search', '9', '--maximize', 'mine.flat', '--dry-run', '--json', cwd=workspace).stdout)
+    assert (told['trials'], told['proposed'], told['finished']) == (9, 5, 5)
+    refused(call('sweep', 'toy.ipynb', '-g', 'n=1', '--dask', 'local', '--scheduler', 'tcp://127.0.0.1:9', cwd=workspace), 'give one of them')
+
+
+def test_a_broken_package_with_an_executor_breaks_no_other(monkeypatch):
+    import importlib.metadata
+    from edgenb.executors import executor
+    monkeypatch.setattr(importlib.metadata, 'entry_points', lambda group: [importlib.metadata.EntryPoint('slurm', 'no_such_module:run', group)])
+    assert executor('local') and executor('dask')
+    with pytest.raises(EdgenbError, match='executor slurm .* cannot be loaded'): executor('slurm')
+    with pytest.raises(EdgenbError, match='Did you mean slurm'): executor('slrum')
