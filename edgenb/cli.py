@@ -98,13 +98,16 @@ def command_sweep(args):
     if args.timeout is not None: within('sweep', 0.001, timeout=args.timeout)
     goal = args.maximize or args.minimize
     if bool(args.search) != bool(goal) or args.maximize and args.minimize: raise EdgenbError('a search needs both --search N and one of --maximize COLUMN and --minimize COLUMN')
+    if args.scheduler and args.dask: raise EdgenbError('--dask local starts a cluster, --scheduler names one: give one of them')
     axes, points, common = asked_for(args.recipe, args.grid, args.parameters_file, args.parameters_yaml, args.parameters)
     how = dict(workers=args.workers, timeout=args.timeout) | (dict(where='dask', options={'scheduler': args.scheduler or 'local'}) if args.scheduler or args.dask else {})
     if args.search:
         within('sweep', 1, search=args.search)
         if points: raise EdgenbError('a search takes axes, not a list of points')
         swept = search_sweep(args.recipe, axes, common, args.search, goal, bool(args.maximize), args.seed, dry_run=args.dry_run, **how)
-        if args.dry_run: return print(swept)
+        if args.dry_run:
+            over = ', '.join(f'{n} ({len(v)} values)' if isinstance(v, list) else f'{n} ({v})' for n, v in swept['axes'].items())
+            return print(json.dumps(swept) if args.json else f"{args.search} runs that {'maximize' if args.maximize else 'minimize'} {goal} over {over}; {swept['proposed']} proposed before, {swept['finished']} of these finished")
     else:
         plan = plan_sweep(args.recipe, axes, points, common)
         if plan.repeated and not args.json: print(f'{plan.repeated} repeated points left out', file=sys.stderr)
@@ -173,12 +176,16 @@ def command_compare(args):
     "one table of all runs"
     import json
     from pathlib import Path
-    from edgenb.core import write_atomic
+    from edgenb.core import EdgenbError, write_atomic
     from edgenb.ledger import as_csv, as_page, as_text, ask, table, to_mlflow, with_columns
     columns = [c.strip() for c in args.columns.split(',') if c.strip()] if args.columns else None
     rows = ask(table(args.runs, args.artifacts), args.where, args.sort)
-    if args.html: write_atomic(args.html, as_page(rows, columns, f"Runs in {Path(args.runs).resolve().name if args.runs else 'this workspace'}"))
-    if args.csv: write_atomic(args.csv, as_csv(rows, columns))
+    def write(path, text):
+        try: Path(path).parent.mkdir(parents=True, exist_ok=True); write_atomic(path, text)
+        except OSError as e: raise EdgenbError(f'cannot write {path}: {e.strerror}') from None
+        print(path)
+    if args.html: write(args.html, as_page(rows, columns, f"Runs in {Path(args.runs).resolve().name if args.runs else 'this workspace'}"))
+    if args.csv: write(args.csv, as_csv(rows, columns))
     if args.mlflow: print('MLflow: {} new runs, {} updated'.format(*to_mlflow(rows, args.mlflow)), file=sys.stderr)
     if args.json: print(json.dumps([{c: f.get(c) for c in columns} for f in with_columns(rows, columns)] if columns else rows, indent=1))
     elif not rows: print('no run is like that' if args.where else 'no runs')

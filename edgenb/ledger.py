@@ -7,10 +7,10 @@ __all__ = ['ARTIFACT', 'AXES', 'COLOURS', 'PAGE', 'table', 'flat', 'with_columns
            'as_page', 'as_csv', 'to_mlflow']
 
 # %% ../nbs/66_ledger.ipynb #2657b0ec
-import contextlib, csv, functools, html, io, json, os
+import contextlib, csv, html, io, json, os, re
 from pathlib import Path
 from .core import EdgenbError, Run, did_you_mean, write_atomic
-from .mill import COLUMNS, ledger, text_table, values_of
+from .mill import COLUMNS, found_by, ledger, text_table, values_of
 
 # %% ../nbs/66_ledger.ipynb #1cfcceda
 ARTIFACT = ('artifact', 'runtime', 'precision', 'device', 'metric', 'value', 'low', 'high', 'delta', 'delta_low', 'delta_high', 'p50_ms', 'p95_ms', 'p99_ms', 'size_mb', 'rss_mb', 'verdict', 'reason')
@@ -33,18 +33,12 @@ def flat(row: dict) -> dict:
     "A row with its parameters as columns; where both have a name, the row's own stands unless it is empty."
     return row.get('parameters', {}) | {k: v for k, v in row.items() if k != 'parameters' and not (v in (None, '') and k in row.get('parameters', {}))}
 
-def _found(row, column):
-    "What a room found, by a dotted name."
-    room, *path = column.split('.')
-    try: return functools.reduce(lambda v, k: v[int(k)] if isinstance(v, list) else v[k], path, Run(row['path']).card(room).result)
-    except (EdgenbError, KeyError, TypeError, ValueError, IndexError): return None
-
 def with_columns(rows: list, columns: list) -> list:
     "Flat rows that have these columns; unknown names are refused."
     flats = [flat(r) for r in rows]
     known = {k for r in flats for k in r}
     for c in columns:
-        if '.' in c: flats = [f | {c: _found(r, c)} for f, r in zip(flats, rows)]
+        if '.' in c: flats = [f | {c: found_by(r['path'], c)} for f, r in zip(flats, rows)]
         if rows and not any(c in f and (c in known or f[c] is not None) for f in flats): raise EdgenbError(f'no run has a column {c}.{did_you_mean(c, known)}')
     return flats
 
@@ -56,9 +50,10 @@ def _where(flats, condition):
     try: import duckdb, pandas
     except ModuleNotFoundError as e: raise EdgenbError(f"--where needs {e.name}: pip install 'edgenb[lab]'") from None
     frame = pandas.DataFrame([{k: _cell(v) for k, v in f.items()} for f in flats])
+    mixed = []
     for c in frame.columns[frame.dtypes == object]:
         kinds = {type(v) for v in frame[c] if v is not None and v == v}
-        if len(kinds) > 1: frame[c] = [None if v is None or v != v else str(v) for v in frame[c]]
+        if len(kinds) > 1: mixed.append(c); frame[c] = [None if v is None or v != v else str(v) for v in frame[c]]
     frame['_at'] = range(len(frame))
     with contextlib.closing(duckdb.connect(config={'enable_external_access': 'false'})) as con:
         con.register('rows', frame)
@@ -66,7 +61,7 @@ def _where(flats, condition):
         except duckdb.Error as e:
             said = str(e).split('\n')[0]
             missing = next((w for w in said.split('"')[1:2] if 'not found' in said), None)
-            raise EdgenbError(f'--where {condition}: ' + (f'there is no column {missing}.{did_you_mean(missing, [c for c in frame.columns if c != "_at"])}' if missing else said)) from None
+            raise EdgenbError(f'--where {condition}: ' + (f'there is no column {missing}.{did_you_mean(missing, [c for c in frame.columns if c != "_at"])}' if missing else said) + ''.join(f'. {c} is text in some runs and a number in others: try_cast({c} as double)' for c in mixed if re.search(rf'\b{re.escape(c)}\b', condition))) from None
 
 def ask(rows: list, where: str | None = None, sort: str | None = None   # a column, or 'column desc'
        ) -> list:
@@ -90,12 +85,18 @@ def as_text(rows: list, columns: list | None = None) -> str:
     return text_table(with_columns(rows, columns) if columns != list(COLUMNS) else [flat(r) for r in rows], columns)
 
 # %% ../nbs/66_ledger.ipynb #e6de381f
+def _varied(rows):
+    "Names of the parameters that differ among rows."
+    return [n for n in dict.fromkeys(k for r in rows for k in r.get('parameters', {})) if len({json.dumps(r.get('parameters', {}).get(n)) for r in rows}) > 1]
+
 def front(rows: list, cost: str   # a column that is better when smaller
          ) -> list:
-    "The rows that no other beats in both value and cost, by cost."
+    "The rows, of one metric, that no other beats in both value and cost, by cost."
+    from edgenb.verify import METRICS
+    sign = METRICS.get(next((r.get('metric') for r in rows), None), (None, 1))[1]   # of some metrics less is better
     timed = [r for r in rows if r.get('value') is not None and r.get(cost) is not None]
-    better = lambda o, r: o['value'] >= r['value'] and o[cost] <= r[cost] and (o['value'] > r['value'] or o[cost] < r[cost])
-    return sorted((r for r in timed if not any(better(o, r) for o in timed)), key=lambda r: (r[cost], r['value']))
+    better = lambda o, r: sign*o['value'] >= sign*r['value'] and o[cost] <= r[cost] and (o['value'] != r['value'] or o[cost] < r[cost])
+    return sorted((r for r in timed if not any(better(o, r) for o in timed)), key=lambda r: (r[cost], sign*r['value']))
 
 AXES = {'p95_ms': 'latency p95 of a decision, ms', 'size_mb': 'size, MB'}
 COLOURS = {'pass': 'seagreen', 'undecided': 'goldenrod', 'fail': 'crimson', 'not run here': 'slategrey'}
@@ -104,9 +105,10 @@ def pareto_figure(rows: list,        # of one metric
                   title: str = ''):
     "Metric against latency or size (buttons), with intervals; the front is drawn through what did not fail."
     import plotly.graph_objects as go
+    names = _varied(rows)
     rows = [flat(r) for r in rows if r.get('value') is not None]
     metric, parts = rows[0].get('metric') or 'value', []
-    names = sorted({n for r in rows for n in r if n in ('prune', 'precisions', 'seed')})
+    bar = lambda r, end: 0 if r.get(end) is None else abs(r[end] - r['value'])
     told = lambda r: '<br>'.join(html.escape(f'{k}: {_cell(r[k])}') for k in ('run', 'artifact', *names, 'verdict', 'data') if r.get(k) not in (None, ''))
     figure = go.Figure(layout=dict(template='plotly_white', height=520, title=title, yaxis_title=metric, legend_title='verdict'))
     for cost in AXES:
@@ -116,7 +118,7 @@ def pareto_figure(rows: list,        # of one metric
             marks = [r for r in some if (r.get('verdict') or 'not judged') == verdict]
             figure.add_scatter(x=[r[cost] for r in marks], y=[r['value'] for r in marks], mode='markers', name=verdict, text=[told(r) for r in marks], hovertemplate='%{text}<br>%{x:.4g} · %{y:.4f}<extra></extra>', visible=cost == 'p95_ms',
                                marker=dict(color=COLOURS.get(verdict, 'grey'), size=[8 + 14*((r.get('size_mb') or 0)/largest)**0.5 for r in marks], symbol=['circle' if r.get('data') == 'real' else 'circle-open' for r in marks], line=dict(width=2)),
-                               error_y=dict(array=[(r.get('high') or r['value']) - r['value'] for r in marks], arrayminus=[r['value'] - (r.get('low') or r['value']) for r in marks], thickness=1))
+                               error_y=dict(array=[bar(r, 'high') for r in marks], arrayminus=[bar(r, 'low') for r in marks], thickness=1))
         line = front([r for r in some if r.get('verdict') != 'fail'], cost)
         figure.add_scatter(x=[r[cost] for r in line], y=[r['value'] for r in line], mode='lines', line=dict(dash='dot', color='grey', shape='hv'), name='front', hoverinfo='skip', visible=cost == 'p95_ms')
         parts += [cost]*(len(figure.data) - len(parts))
@@ -143,7 +145,7 @@ def as_page(rows: list, columns: list | None = None, title: str = 'Runs') -> str
     "A self-contained HTML page: plots of what was judged, and the table."
     from plotly.offline import get_plotlyjs
     flats = [flat(r) for r in rows]
-    varied = [n for n in dict.fromkeys(k for r in rows for k in r.get('parameters', {})) if len({json.dumps(r.get('parameters', {}).get(n)) for r in rows}) > 1 and n not in COLUMNS]
+    varied = [n for n in _varied(rows) if n not in COLUMNS]
     if columns: flats = with_columns(rows, columns)
     else: columns = [*COLUMNS[:2], *varied, *COLUMNS[2:]]
     columns = [c for c in columns if any(f.get(c) not in (None, '', []) for f in flats)]
@@ -184,21 +186,29 @@ def to_mlflow(rows: list, where: str   # a tracking server, a database, or a fol
 
 def _into_mlflow(client, rows):
     new = updated = 0
-    experiments: dict = {}
+    def every(ask, token=None, **how):   # compared here: a name in MLflow's filters may hold no quote
+        while token != '':
+            page = ask(page_token=token, **how)
+            yield from page
+            token = page.token or ''
+    experiments, known = {}, {}   # name -> id; name -> tag -> runs
     for row in rows:
         f, name = flat(row), row['recipe']
         if name not in experiments:
-            found = client.get_experiment_by_name(name)
-            experiments[name] = found.experiment_id if found else client.create_experiment(name)
+            found = client.get_experiment_by_name(title := name.replace("'", '_'))   # MLflow's folders cannot find a name with a quote in it
+            experiments[name] = found.experiment_id if found else client.create_experiment(title)
+            known[name] = {}
+            for run in every(client.search_runs, experiment_ids=[experiments[name]]): known[name].setdefault(run.data.tags.get('edgenb.id'), []).append(run)
         tag = f"{row['recipe']}/{row['run']}" + (f"/{row['artifact']}" if 'chosen' in row else '')
-        there = client.search_runs([experiments[name]], f"tags.`edgenb.id` = '{tag}'", max_results=1)
-        if there: run, updated = there[0], updated + 1
+        wanted = {k: str(_cell(v))[:6000] for k, v in row.get('parameters', {}).items()}
+        run = next((r for r in known[name].get(tag, ()) if all(wanted.get(k) == v for k, v in r.data.params.items())), None)   # MLflow lets no parameter change
+        if run: updated += 1
         else: run, new = client.create_run(experiments[name], tags={'edgenb.id': tag}, run_name=tag.split('/', 1)[1]), new + 1
-        done = run.data.params if there else {}
-        for k, v in row.get('parameters', {}).items():
-            if done.get(k) != str(_cell(v)): client.log_param(run.info.run_id, k, str(_cell(v))[:6000])
+        for k, v in wanted.items():
+            if k not in run.data.params: client.log_param(run.info.run_id, k, v)
         for k, v in f.items():
-            if k in row.get('parameters', {}) or isinstance(v, bool): continue
+            if k in row.get('parameters', {}) or isinstance(v, bool) or k in ('path', 'bundle'): continue   # where it lies on this machine is nobody's business
+            if k == 'reason': v = (re.match(r'[A-Za-z_.]*(Error|Exception|Interrupt|Exit)(?=: )', v or '') or [''])[0]   # the error's class: what it says may quote the data
             if isinstance(v, (int, float)):
                 if run.data.metrics.get(k) != v: client.log_metric(run.info.run_id, k, v)
             elif v not in (None, '', []): client.set_tag(run.info.run_id, f'edgenb.{k}', str(_cell(v))[:5000])

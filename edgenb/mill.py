@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'recipes', 'recipe', 'read_notebook', 'headline', 'Parameter', 'parameters', 'typed', 'check_parameters',
-           'read_yaml', 'record_of', 'manifest', 'execute', 'run_recipe', 'told', 'values_of', 'smoked', 'summary',
-           'ledger', 'plan_of', 'text_table', 'ledger_table']
+           'read_yaml', 'record_of', 'manifest', 'execute', 'run_recipe', 'told', 'values_of', 'smoked', 'found_by',
+           'summary', 'ledger', 'plan_of', 'text_table', 'ledger_table']
 
 # %% ../nbs/09_mill.ipynb #dca6fd3f
-import ast, contextlib, datetime, io, json, os, re, shutil, sys, tempfile, threading, time, tokenize
+import ast, contextlib, datetime, functools, glob, io, json, os, re, shutil, sys, tempfile, threading, time, tokenize
 from dataclasses import dataclass
 from pathlib import Path
 import edgenb
-from .core import EdgenbError, Run, did_you_mean, digest, file_errors, settings, within, write_json
+from .core import Card, EdgenbError, Run, did_you_mean, digest, file_errors, settings, within, write_json
 
 # %% ../nbs/09_mill.ipynb #9b8cc4bd
 def recipes(start: str | Path = '.') -> dict:   # name -> notebook
@@ -54,14 +54,22 @@ class Parameter:
     type: str       # int, float, str, bool or list
     default: object
     help: str = ''
+    optional: bool = False   # None will do
 
     @property
     def choices(self) -> list:
         found = re.search(r'one of (.+)$', self.help)
         return [c.strip() for c in re.split(r',| or ', found[1]) if c.strip()] if found else []
 
+def _kind(text):
+    "(type, whether None will do) of an annotation."
+    if found := re.fullmatch(r'(?:\w+\.)?Optional\[(.+)\]', text): text = f'{found[1]} | None'
+    every = [k.strip() for k in text.split('|')]
+    some = [k for k in every if k != 'None']
+    return (some[0] if len(some) == 1 else text).split('[')[0], len(some) < len(every)
+
 def _assignments(source, path):
-    "(name, type, default, comment) of every assignment in a Python cell."
+    "(name, type, default, comment, whether None will do) of every assignment in a Python cell."
     try:
         tree = ast.parse(source)
         comments = {t.start[0]: t.string.lstrip('#').strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
@@ -73,7 +81,8 @@ def _assignments(source, path):
         except ValueError: raise EdgenbError(f'{path}: the parameter {targets[0].id} = {ast.unparse(node.value)} is not a plain value: a number, text, true or false, or a list of these') from None
         said = re.match(r'(?:type:\s*(\S+)\s*)?(.*)', comments.get(node.end_lineno, ''))
         kind = ast.unparse(node.annotation).strip('"\'') if isinstance(node, ast.AnnAssign) else said[1]
-        yield targets[0].id, (kind or type(default).__name__).split('[')[0], default, said[2]
+        kind, optional = _kind(kind or type(default).__name__)
+        yield targets[0].id, kind, float(default) if kind == 'float' and type(default) is int else default, said[2], optional
 
 def parameters(path: str | Path) -> dict:   # name -> Parameter
     "The parameters of a recipe's notebook."
@@ -89,6 +98,8 @@ def parameters(path: str | Path) -> dict:   # name -> Parameter
 def typed(p: Parameter, value) -> object:
     "`value` (text from a command line, or already a value) as the parameter's type; `EdgenbError` where it is not of it."
     def wrong(): return EdgenbError(f"parameter {p.name} = {value!r} is not {dict(int='a whole number', float='a number', bool='true or false', str='text', list='a list').get(p.type, p.type)} ({p.help or f'default {p.default!r}'})")
+    if value is None and p.optional: return None
+    if p.type not in ('int', 'float', 'bool', 'str', 'list'): raise EdgenbError(f'parameter {p.name} is declared as {p.type}, which cannot be set from outside: declare it as int, float, str, bool or list, or one of these | None')
     try:
         if p.type == 'bool': result = value if isinstance(value, bool) else {'true': True, 'false': False}[str(value).lower()]
         elif p.type == 'int':
@@ -110,7 +121,7 @@ def typed(p: Parameter, value) -> object:
 def check_parameters(known: dict, given: dict) -> dict:
     "Names and types of all given parameters, checked; returns them typed."
     for name in given:
-        if name not in known: raise EdgenbError(f'there is no parameter {name}.{did_you_mean(name, known)}')
+        if name not in known: raise EdgenbError(f'there is no parameter {name}.{did_you_mean(str(name), known)}')   # YAML has names that are no text
     return {n: typed(known[n], v) for n, v in given.items()}
 
 # %% ../nbs/09_mill.ipynb #b7d20f61
@@ -166,6 +177,7 @@ def manifest(folder: Path) -> dict:   # path -> SHA-256
 
 def _executed(path, out, values, **how):
     "Run a notebook; returns (error, cell), both None if it came to its end."
+    from jupyter_client.kernelspec import NoSuchKernel
     from papermill import PapermillExecutionError, execute_notebook
     from edgenb.kernels import KernelDied, engine
     try:
@@ -175,6 +187,8 @@ def _executed(path, out, values, **how):
         said = e.evalue.splitlines()[0] if e.evalue else ''
         return (said if e.ename == 'EdgenbError' else f'{e.ename}: {said}'), e.exec_count
     except KernelDied as e: return str(e), e.cell
+    except NoSuchKernel as e: raise EdgenbError(f'{path} asks for the kernel {e.name}, which is not installed here: install it (for Python: python -m ipykernel install --user --name {e.name}), or choose another in JupyterLab and save') from None
+    except RuntimeError as e: return f'its kernel did not come up: {(str(e).splitlines() or [""])[0]}', None
     return None, None
 
 def execute(path: Path,               # of a notebook
@@ -196,9 +210,14 @@ def execute(path: Path,               # of a notebook
               'seconds': None, 'error': None, 'cell': None, 'edgenb': edgenb.__version__}
     if not prepare_only: write_json(run.path/'job.json', record)
     started = time.perf_counter()
-    with _Aloud() if progress else contextlib.nullcontext():
-        error, cell = _executed(path, out, values, stop=stop, zygote=zygote, kernel_cwd=cwd if cwd and os.path.isdir(cwd) else os.getcwd(), kernel_env={'EDGENB_PANELS': 'static'} | ({'EDGENB_STATUS': str(status)} if status else {}), prepare_only=prepare_only, progress_bar=progress, log_output=log_output)
-    if status: status.unlink(missing_ok=True)
+    try:
+        with _Aloud() if progress else contextlib.nullcontext(): error, cell = _executed(path, out, values, stop=stop, zygote=zygote, kernel_cwd=cwd if cwd and os.path.isdir(cwd) else os.getcwd(), kernel_env={'EDGENB_PANELS': 'static'} | ({'EDGENB_STATUS': str(status)} if status else {}), prepare_only=prepare_only, progress_bar=progress, log_output=log_output)
+    except BaseException as e:   # it runs no longer, whatever this was
+        if not prepare_only:
+            with contextlib.suppress(EdgenbError): write_json(run.path/'job.json', record | {'status': 'failed', 'seconds': round(time.perf_counter() - started, 3), 'error': 'it was interrupted' if isinstance(e, KeyboardInterrupt) else str(e) if isinstance(e, EdgenbError) else f'{type(e).__name__}: {e}'})
+        raise
+    finally:
+        if status: status.unlink(missing_ok=True)
     if prepare_only: return record | {'status': 'prepared'}
     record |= {'status': 'failed' if error else 'done', 'seconds': round(time.perf_counter() - started, 3), 'error': error, 'cell': cell} | ({'wrote': manifest(run.path)} if by_digest and not error else {})
     write_json(run.path/'job.json', record)
@@ -231,13 +250,19 @@ def values_of(run: Run) -> dict:
     for path in run.path.glob('*.ipynb'):
         try:
             injected = next((c for c in read_notebook(path)['cells'] if 'injected-parameters' in c.get('metadata', {}).get('tags', [])), None)
-            return {n: p.default for n, p in parameters(path).items() if n != 'output_dir'} | ({n: v for n, _, v, _ in _assignments(''.join(injected['source']), path) if n != 'output_dir'} if injected else {})
+            return {n: p.default for n, p in parameters(path).items() if n != 'output_dir'} | ({n: v for n, _, v, *_ in _assignments(''.join(injected['source']), path) if n != 'output_dir'} if injected else {})
         except EdgenbError: continue
     return {}
 
 def smoked(run: Run) -> bool:
     "Whether a run was a tiny one whose numbers mean nothing."
     return bool(record_of(run.path).get('values', {}).get('smoke'))
+
+def found_by(folder: str | Path, column: str):   # None where there is no such thing
+    "What a room found, by a dotted name; the room may be one that nothing here has imported."
+    room, *path = column.split('.')
+    try: return functools.reduce(lambda v, k: v[int(k)] if isinstance(v, list) else v[k], path, Card.load(next(Path(folder).glob(f'[0-9][0-9]-{glob.escape(room)}.json'))).result)
+    except (EdgenbError, KeyError, TypeError, ValueError, IndexError, StopIteration): return None
 
 def summary(run: Run) -> dict:
     "One row about a run, from its cards and its record."

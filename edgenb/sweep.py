@@ -8,12 +8,12 @@ __all__ = ['MOST_RUNS', 'NUMBERS', 'Span', 'axis', 'read_sweep', 'asked_for', 'P
            'sweep_rows', 'sweep_table']
 
 # %% ../nbs/63_sweep.ipynb #1f3a35e2
-import contextlib, functools, itertools, json, math, os, re, sys, threading, time
+import ast, contextlib, functools, importlib.util, itertools, json, math, os, platform, re, sys, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 import edgenb
-from .core import EdgenbError, Run, did_you_mean, digest_of, file_errors, settings, write_json
-from .mill import Parameter, check_parameters, parameters, read_notebook, read_yaml, recipe, record_of, summary, told, typed
+from .core import EdgenbError, Run, _imported, _read_source, _versions, did_you_mean, digest_of, file_errors, settings, write_atomic, write_json
+from .mill import Parameter, check_parameters, found_by, parameters, read_yaml, recipe, record_of, summary, told, typed
 
 # %% ../nbs/63_sweep.ipynb #09e53bcc
 @dataclass(frozen=True)
@@ -22,9 +22,13 @@ class Span:
     low: float
     high: float
     log: bool = False
-    def __str__(self): return f"{self.low:g}..{self.high:g}{':log' if self.log else ''}"
+    def __str__(self): return f"{self.low}..{self.high}{':log' if self.log else ''}"
 
 MOST_RUNS = 100_000
+
+def _number(text):
+    try: float(text); return True
+    except ValueError: return False
 
 def _span(p: Parameter, low, high, log=False) -> Span:
     if p.type not in ('int', 'float'): raise EdgenbError(f'parameter {p.name} is {p.type}: a range is for numbers, give values')
@@ -48,7 +52,7 @@ def axis(text: str,       # name=value,value or name=low..high
     name, equals, rest = text.partition('=')
     if not equals: raise EdgenbError(f'-g {text} is not an axis: name=value,value')
     if name not in known: raise EdgenbError(f'there is no parameter {name}.{did_you_mean(name, known)}')
-    if found := re.fullmatch(r'([^,\[]+?)\.\.([^,]+?)(:log)?', rest.strip()): return name, _span(known[name], found[1], found[2], bool(found[3]))
+    if (found := re.fullmatch(r'([^,\[]+?)\.\.([^,]+?)(:log)?', rest.strip())) and (known[name].type in ('int', 'float') or _number(found[1]) and _number(found[2])): return name, _span(known[name], found[1], found[2], bool(found[3]))
     values = read_yaml(rest, f'-g {name}') if rest.strip().startswith('[') else [v.strip() for v in rest.split(',') if v.strip()]
     return name, _values(known[name], values)
 
@@ -93,26 +97,75 @@ class Plan:
     names: tuple        # of their folders
     varied: tuple       # names of parameters that differ among the points
     repeated: int = 0   # points left out because they were there already
+    text: str = ''      # of the notebook when this was planned: that is what runs
     @property
     def id(self) -> str: return digest_of(sorted(self.names))[:12]
     @property
     def path(self) -> Path: return self.folder/'.sweeps'/f'{self.id}.json'
 
+# %% ../nbs/63_sweep.ipynb #5a1f0c2e
+def _installed(path): return any(part in ('site-packages', 'dist-packages') for part in Path(path).parts)
+
+def _beside(cells: list) -> tuple:   # (module -> digest of its source, its text and the cells', other modules)
+    "What a recipe may import that is neither edgenb nor installed: found as its kernel finds it, without importing it."
+    folders, todo, seen, texts, others = [os.getcwd(), *(p for p in sys.path if p and not _installed(p))], [], {}, list(cells), set()
+    for source in cells:
+        with contextlib.suppress(SyntaxError, ImportError):
+            tree = ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', source, flags=re.M))   # magics
+            folders += [a.value for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) in ('sys.path.insert', 'sys.path.append') for a in n.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            todo += _imported(tree, '__main__', '')
+    while todo:
+        name = todo.pop() or ''
+        parent, top = name.rpartition('.')[0], name.split('.')[0]
+        if not name or name in seen or top == 'edgenb' or top in sys.stdlib_module_names: continue
+        path = next((p for f in folders for p in (Path(f, *name.split('.'), '__init__.py'), Path(f, *name.split('.')).with_suffix('.py')) if p.is_file()), None)
+        if path:
+            with contextlib.suppress(SyntaxError, ImportError):
+                seen[name], imports = _read_source(str(path), path.stat().st_mtime_ns, path.stat().st_size, name, name if path.name == '__init__.py' else parent)
+                todo += imports
+            texts.append(path.read_text(encoding='utf-8', errors='replace'))
+        elif name == top:
+            with contextlib.suppress(ImportError, ValueError): path = Path((importlib.util.find_spec(name) or path).origin)   # a package that is installed where it is written
+            base = path and str(path.parents[path.name == '__init__.py'])
+            if base and path.suffix == '.py' and not _installed(base) and base not in folders: folders.append(base); todo.append(name)
+            else: others.add(name)
+        if parent: todo.append(parent)
+    return seen, texts, others
+
+@functools.lru_cache(maxsize=8)
+def _text(notebook): return notebook.read_text(encoding='utf-8')
+
+def _afresh():
+    for remembered in (_stamp, _code, _text): remembered.cache_clear()   # a caller that lives on may have changed them all
+
+def _frozen(notebook: Path, text: str, folder: Path) -> Path:
+    "The recipe as it was planned, in a file of its own: what is edited while a sweep runs is for the next."
+    if not text: return notebook
+    path = folder/'.sweeps'/digest_of(text)[:12]/notebook.name
+    with file_errors(path): path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_text(encoding='utf-8') != text: write_atomic(path, text)
+    return path
+
 @functools.lru_cache(maxsize=8)
 def _code(notebook):
-    "Digest of the code of a recipe and of edgenb."
+    "Digest of the code of a recipe and of edgenb, and of what else is the same for all points: settings, versions, machine."
     from edgenb.executors import code_of_edgenb
-    return digest_of([code_of_edgenb(), [''.join(c['source']) for c in read_notebook(notebook)['cells'] if c['cell_type'] == 'code']])
+    cells = [''.join(c['source']) for c in json.loads(_text(notebook))['cells'] if c['cell_type'] == 'code']
+    modules, texts, others = _beside(cells)
+    texts += [p.read_text(encoding='utf-8') for p in Path(edgenb.__file__).parent.glob('*.py')]
+    libraries = {a or b for t in texts for found in re.findall(r'(?:libraries|LIBRARIES) *= *\(([^)]*)\)', t) for a, b in re.findall(r"'([^']+)'|\"([^\"]+)\"", found)}   # of rooms
+    chosen = {k: v for k, v in vars(settings()).items() if k not in ('root', 'runs')}
+    return digest_of([code_of_edgenb(), cells, modules, chosen, _versions(sorted(libraries | others)), platform.machine(), sys.version_info[:2]])
 
 @functools.lru_cache(maxsize=4096)
 def _stamp(path: str, runs: str):
-    "Sizes and times of a file or of what lies in a folder; None for text that names nothing, or a folder that holds the runs."
-    p = Path(path)
-    try:
-        if p.is_file(): return [p.stat().st_size, p.stat().st_mtime_ns]
-        if not p.is_dir() or Path(runs).is_relative_to(p.resolve()): return None
-        return [[q.relative_to(p).as_posix(), q.stat().st_size, q.stat().st_mtime_ns] for q in itertools.islice((q for q in p.rglob('*') if q.is_file()), 100_000)]
-    except (OSError, ValueError): return None   # text that cannot be a path
+    "Sizes and times of a file, or of all that lies in a folder except the runs; None for text that names nothing."
+    from edgenb.executors import listed
+    if (files := listed(path, runs)) is None: return None
+    found = []
+    for name, p in files:
+        with contextlib.suppress(OSError): s = p.stat(); found.append([name, s.st_size, s.st_mtime_ns])   # gone meanwhile, or a link to nothing
+    return digest_of(found)
 
 def _stamps(value, runs):
     texts = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v]
@@ -120,16 +173,17 @@ def _stamps(value, runs):
 
 def point_name(notebook: Path, known: dict, values: dict, folder: Path) -> str:
     "Of the folder of a run."
-    asked = {n: values.get(n, p.default) for n, p in known.items() if n != 'output_dir'}
-    return 'point-' + digest_of([notebook.stem, _code(notebook), asked, {n: s for n, v in asked.items() if (s := _stamps(v, str(folder)))}])[:12]
+    asked, runs = {n: values.get(n, p.default) for n, p in known.items() if n != 'output_dir'}, os.path.realpath(folder.parent)
+    return 'point-' + digest_of([notebook.stem, _code(notebook), asked, {n: s for n, v in asked.items() if (s := _stamps(v, runs))}])[:12]
 
+# %% ../nbs/63_sweep.ipynb #5a1f0c2f
 def plan_sweep(name: str,             # of a recipe, or the path of a notebook
                axes: dict = {},       # name -> list of values
                points: list = (),     # further points
                common: dict = {},     # for all runs
                runs: Path | None = None) -> Plan:
     "Every run that is to be done; nothing is made or started."
-    _stamp.cache_clear(); _code.cache_clear()   # a caller that lives on may have changed both
+    _afresh()
     notebook = recipe(name).absolute()
     known = parameters(notebook)
     for n in (*axes, *common, *(n for p in points for n in p)):
@@ -144,7 +198,7 @@ def plan_sweep(name: str,             # of a recipe, or the path of a notebook
     named: dict = {}
     for p in every: named.setdefault(point_name(notebook, known, p, folder), p)
     varied = [n for n in known if len({json.dumps(p.get(n, known[n].default)) for p in named.values()}) > 1] or list(axes)
-    return Plan(notebook, folder, tuple(named.values()), tuple(named), tuple(varied), len(every) - len(named))
+    return Plan(notebook, folder, tuple(named.values()), tuple(named), tuple(varied), len(every) - len(named), _text(notebook))
 
 def label(values: dict, names) -> str:
     "A point, in words."
@@ -207,20 +261,19 @@ class Search:
         self.results[number] = value
 
 # %% ../nbs/63_sweep.ipynb #37f00f6d
-def default_workers(known: dict) -> int:
-    "Runs at once: as many as there are cores for, by the threads one of them trains with."
+def default_workers(known: dict, points: list = ()) -> int:
+    "Runs at once: as many as there are cores for, by the threads that the most threaded of them trains with."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    threads = known['num_threads'].default if 'num_threads' in known else 1
+    threads = max((p.get('num_threads', known['num_threads'].default) for p in points or [{}]), default=1) if 'num_threads' in known else 1
     return max(1, cores//max(1, int(threads)))
+
+def _at_once(workers, where, options, known, points):
+    "Runs at once: as asked; otherwise what this machine's cores allow, or all places of a cluster elsewhere."
+    return workers or (None if where == 'dask' and options.get('scheduler', 'local') != 'local' else default_workers(known, points))
 
 def _value(folder, column):
     "A figure of a finished run: a column of the table, or room.name of its result."
-    if '.' not in column:
-        value = summary(Run(folder)).get(column)
-        return value if isinstance(value, (int, float)) and math.isfinite(value) else None
-    room, *path = column.split('.')
-    try: value = functools.reduce(lambda v, k: v[k], path, Run(folder).card(room).result)
-    except (EdgenbError, KeyError, TypeError): return None
+    value = found_by(folder, column) if '.' in column else summary(Run(folder)).get(column)
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 NUMBERS = ('value', 'low', 'high', 'delta', 'p95_ms', 'size_mb', 'seconds')   # of the table; a search can be for these
@@ -276,18 +329,19 @@ def sweep(plan: Plan,
     write_json(plan.path, {'recipe': plan.recipe.stem, 'notebook': str(plan.recipe), 'edgenb': edgenb.__version__, 'varied': plan.varied, 'runs': dict(zip(plan.names, plan.points))})
     records = {n: record_of(plan.folder/n) | {'skipped': True} for n in plan.names if finished(plan.folder/n)}
     if records: said(f'{len(records)} of {len(plan.names)} runs finished before')
-    jobs = [Job(plan.recipe, p, plan.folder/n, timeout, os.getcwd()) for n, p in zip(plan.names, plan.points) if n not in records]
-    for job, record in _go(jobs, plan, workers or default_workers(known), where, options, said, len(jobs)): records[job.folder.name] = record
+    notebook = _frozen(plan.recipe, plan.text, plan.folder)
+    jobs = [Job(notebook, p, plan.folder/n, timeout, os.getcwd()) for n, p in zip(plan.names, plan.points) if n not in records]
+    for job, record in _go(jobs, plan, _at_once(workers, where, options, known, plan.points), where, options, said, len(jobs)): records[job.folder.name] = record
     return Swept(plan, tuple(records[n] for n in plan.names), time.perf_counter() - started)
 
 # %% ../nbs/63_sweep.ipynb #d59566a1
 def search_sweep(name: str, axes: dict, common: dict, trials: int, goal: str, maximize: bool, seed: int = 0, runs: Path | None = None,
-                 workers: int | None = None, timeout: float | None = None, where: str = 'local', options: dict = {}, dry_run: bool = False,
-                 said=lambda line: print(line, file=sys.stderr, flush=True)) -> Swept:
+                 workers: int | None = None, timeout: float | None = None, where: str = 'local', options: dict = {}, dry_run: bool = False,   # say what would be done, as a dict
+                 said=lambda line: print(line, file=sys.stderr, flush=True)) -> Swept | dict:
     "Search for the point with the best `goal`; the same call goes on where it was."
     from edgenb.executors import Job, finished
     check_goal(goal)
-    _stamp.cache_clear(); _code.cache_clear()
+    _afresh()
     notebook, started = recipe(name).absolute(), time.perf_counter()
     known = parameters(notebook)
     if not axes: raise EdgenbError('a search needs something to choose: -g name=value,value or -g name=low..high')
@@ -300,13 +354,13 @@ def search_sweep(name: str, axes: dict, common: dict, trials: int, goal: str, ma
     found = Search(folder/'.sweeps'/f'search-{identity}.json', axes, maximize, seed)
     if dry_run:
         stands = standing(Plan(notebook, folder, tuple(p := [common | found.ask(n) for n in range(min(trials, len(found.asked)))]), tuple(point_name(notebook, known, q, folder) for q in p), ()))
-        return f"{trials} runs that {'maximize' if maximize else 'minimize'} {goal} over {', '.join(f'{n} ({len(v)} values)' if isinstance(v, list) else f'{n} ({v})' for n, v in axes.items())}; {len(found.asked)} proposed before, {stands.count('finished')} of these finished"
-    points, trial_of, records = {}, {}, {}
+        return {'search': goal, 'maximize': maximize, 'trials': trials, 'axes': space, 'proposed': len(found.asked), 'finished': stands.count('finished')}
+    points, trial_of, records, frozen = {}, {}, {}, _frozen(notebook, _text(notebook), folder)
     def job(number):
         point = common | found.ask(number)
         run = point_name(notebook, known, point, folder)
         points[run] = point
-        return Job(notebook, point, folder/run, timeout, os.getcwd())
+        return Job(frozen, point, folder/run, timeout, os.getcwd())
     def jobs():
         for number in range(trials):
             j = job(number)
@@ -314,14 +368,20 @@ def search_sweep(name: str, axes: dict, common: dict, trials: int, goal: str, ma
             if finished(j.folder): records.setdefault(j.folder.name, record_of(j.folder) | {'skipped': True})
             if j.folder.name in records: found.tell(number, _value(j.folder, goal) if records[j.folder.name]['status'] == 'done' else None)   # its result is known
             elif len(trial_of[j.folder.name]) == 1: yield j
-    shape = Plan(notebook, folder, (), (), tuple(axes))
-    for j, record in _go(jobs(), shape, workers or default_workers(known), where, options, said, trials):
+    shape, threads = Plan(notebook, folder, (), (), tuple(axes)), axes.get('num_threads', [])
+    widest = [common | {'num_threads': n} for n in (threads if isinstance(threads, list) else [threads.high])] or [common]
+    if before := sum(finished(job(n).folder) for n in range(min(trials, len(found.asked)))): said(f'{before} of {trials} runs finished before')
+    for j, record in _go(jobs(), shape, _at_once(workers, where, options, known, widest), where, options, said, trials - before):
         records[j.folder.name] = record
         value = _value(j.folder, goal) if record['status'] == 'done' else None
         if record['status'] == 'done' and value is None: said(f'{j.folder.name} has no {goal}: it does not count')
         for number in trial_of[j.folder.name]: found.tell(number, value)
     plan = Plan(notebook, folder, tuple(points.values()), tuple(points), tuple(axes), trials - len(points))
     write_json(plan.path, {'recipe': notebook.stem, 'notebook': str(notebook), 'edgenb': edgenb.__version__, 'varied': plan.varied, 'runs': points, 'search': {'goal': goal, 'maximize': maximize, 'seed': seed, 'trials': trials}})
+    ended = [n for n in points if records[n]['status'] == 'done']
+    if ended and not any(v is not None for v in found.results.values()):
+        names = [f'{c.room}.{k}' for c in Run(folder/ended[-1]).cards() for k, v in c.result.items() if isinstance(v, (int, float))]
+        raise EdgenbError(f'none of {len(ended)} finished runs has a number {goal}, so nothing was searched.{did_you_mean(goal, [*NUMBERS, *names])}')
     return Swept(plan, tuple(records[n] for n in points), time.perf_counter() - started)
 
 # %% ../nbs/63_sweep.ipynb #841f4124
@@ -331,11 +391,12 @@ def sweep_rows(swept: Swept) -> list:
     for name, point, record in zip(swept.plan.names, swept.plan.points, swept.records):
         row = summary(Run(swept.plan.folder/name)) if (swept.plan.folder/name).is_dir() else {}
         values = record.get('values') or point
-        rows.append({'run': name, 'parameters': {n: values.get(n) for n in swept.plan.varied}, 'status': record['status'], 'wall_s': record.get('seconds'), 'before': bool(record.get('skipped')), **row, 'reason': told(record)})
+        rows.append({'run': name, 'parameters': {n: values.get(n) for n in swept.plan.varied}, 'wall_s': record.get('seconds'), 'before': bool(record.get('skipped')), **row, 'status': record['status'], 'reason': told(record)})
     return rows
 
 def sweep_table(swept: Swept) -> str:
     "As aligned text."
     from edgenb.mill import text_table
-    rows = [r['parameters'] | {k: r.get(k) for k in ('run', 'status', 'wall_s', 'artifact', 'metric', 'value', 'p95_ms', 'size_mb', 'verdict', 'reason')} for r in sweep_rows(swept)]
-    return text_table(rows, [*swept.plan.varied, 'run', 'status', 'wall_s', 'artifact', 'metric', 'value', 'p95_ms', 'size_mb', 'verdict', 'reason'])
+    own = ('run', 'status', 'wall_s', 'artifact', 'metric', 'value', 'p95_ms', 'size_mb', 'verdict', 'reason')
+    named = {n: f'parameter {n}' if n in own else n for n in swept.plan.varied}   # one may be called as a column is
+    return text_table([{named[n]: v for n, v in r['parameters'].items()} | {k: r.get(k) for k in own} for r in sweep_rows(swept)], [*named.values(), *own])

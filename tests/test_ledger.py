@@ -67,3 +67,41 @@ def test_mlflow_gets_each_run_once(runs, tmp_path):
     found = {r.data.tags['edgenb.id']: r for r in client.search_runs([client.get_experiment_by_name('toy').experiment_id])}
     assert set(found) == {'toy/r0', 'toy/r1', 'toy/r2'} and found['toy/r1'].data.params['prune'] == '0.3' and found['toy/r2'].info.status == 'FAILED'
     assert found['toy/r0'].data.metrics['value'] == summary(Run(runs/'toy'/'r0'))['value'] and found['toy/r0'].data.tags['edgenb.data'] == 'synthetic'
+
+
+def test_a_page_goes_where_it_is_asked_for_or_a_line_says_why_not(runs, tmp_path):
+    done = call('compare', runs, '--html', 'out/deep/page.html', '--csv', 'other/rows.csv', cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path/'out'/'deep'/'page.html').is_file() and (tmp_path/'other'/'rows.csv').is_file(), done.stderr
+    (tmp_path/'file').write_text('')
+    refused(call('compare', runs, '--html', 'file/page.html', cwd=tmp_path), 'file')
+    refused(call('compare', runs, '--html', 'out', cwd=tmp_path), 'out')
+
+
+def test_the_front_of_a_metric_that_is_better_when_smaller_is_the_right_way_up():
+    rows = [{'metric': 'false-positive rate', 'value': v, 'p95_ms': p} for v, p in ((.1, 2), (.1, 1), (.2, .5), (.3, .6))]
+    assert [(r['value'], r['p95_ms']) for r in front(rows, 'p95_ms')] == [(.2, .5), (.1, 1)]
+
+
+def test_a_figure_shows_bounds_of_zero_and_what_was_varied():
+    rows = [{'metric': 'false-positive rate', 'run': f'r{n}', 'value': 0.1, 'low': 0.0, 'high': None, 'p95_ms': 1, 'parameters': {'rank': n, 'kept': 'same'}} for n in (1, 2)]
+    marks = pareto_figure(rows).data[0]
+    assert list(marks.error_y.arrayminus) == [0.1, 0.1] and list(marks.error_y.array) == [0, 0]
+    assert 'rank: 2' in marks.text[1] and 'same' not in marks.text[1]
+
+
+def test_mlflow_takes_quotes_and_changed_parameters_and_learns_no_path_and_no_message(tmp_path):
+    pytest.importorskip('mlflow')
+    from mlflow import MlflowClient
+    row = lambda n: {'recipe': "bob's", 'run': 'r', 'path': '/home/bob/r', 'bundle': '/home/bob/r/bundle', 'status': 'failed', 'reason': 'ValueError: could not convert: Patient John Smith (cell [3])', 'value': 1.0, 'parameters': {'n': n, 'text': 'x'*7000}}
+    assert [to_mlflow([row(n)], str(tmp_path/'ml')) for n in (1, 1, 2, 1)] == [(1, 0), (0, 1), (1, 0), (0, 1)]
+    to_mlflow([row(3) | {'reason': '/home/bob/x is gone: Smith'}], str(tmp_path/'ml'))
+    client = MlflowClient((tmp_path/'ml').as_uri())
+    found = client.search_runs([client.get_experiment_by_name('bob_s').experiment_id])
+    assert sorted(r.data.params['n'] for r in found) == ['1', '2', '3'] and {r.data.tags.get('edgenb.reason') for r in found} == {'ValueError', None}
+    assert not [v for r in found for v in r.data.tags.values() if '/home/bob' in v or 'Smith' in v]
+
+
+def test_a_column_that_is_text_in_some_runs_is_refused_with_the_way_out():
+    rows = [{'recipe': 'a', 'run': 'x', 'parameters': {'n': 1}}, {'recipe': 'b', 'run': 'y', 'parameters': {'n': 'one'}}]
+    with pytest.raises(EdgenbError, match=r'try_cast\(n as double\)'): ask(rows, 'n > 0')
+    assert [r['run'] for r in ask(rows, 'try_cast(n as double) > 0')] == ['x']

@@ -134,3 +134,46 @@ def test_no_kernel_outlives_a_parent_that_is_killed(tmp_path):
         if not alive(): break
         time.sleep(0.1)
     assert not alive() and len(pids) == 5      # two kernels, two children of theirs, one zygote
+
+
+def test_a_kernel_that_is_not_installed_is_a_line_and_a_failed_run(tmp_path):
+    path = notebook(tmp_path/'toy.ipynb', '1')
+    nb = nbformat.read(path, 4); nb.metadata['kernelspec']['name'] = 'nowhere'; nbformat.write(nb, path)
+    refused(call('run', 'toy.ipynb', '--no-progress', cwd=tmp_path), 'asks for the kernel nowhere', 'install')
+    assert record_of(next((tmp_path/'runs'/'toy').glob('2*')))['status'] == 'failed'
+    told = json.loads(call('sweep', 'toy.ipynb', '-g', 'n=1', '--json', cwd=tmp_path).stdout.splitlines()[-1])
+    assert told['runs'][0]['status'] == 'failed' and 'nowhere' in told['runs'][0]['reason'] and record_of(tmp_path/'runs'/'toy'/told['runs'][0]['run'])['status'] == 'failed'
+
+
+def test_a_run_that_ends_in_any_way_is_not_left_as_running(tmp_path, monkeypatch):
+    from filelock import FileLock
+    from edgenb import mill
+    from edgenb.executors import Job, do
+    path = notebook(tmp_path/'toy.ipynb', '1')
+    for ends, why in ((KeyboardInterrupt(), 'it was interrupted'), (RuntimeError('odd'), 'RuntimeError: odd')):
+        with monkeypatch.context() as m:
+            m.setattr(mill, '_executed', lambda *_, **__: (_ for _ in ()).throw(ends))
+            with pytest.raises(type(ends)): run_recipe(str(path), {'output_dir': str(tmp_path/'run')}, progress=False)
+        assert (record_of(tmp_path/'run')['status'], record_of(tmp_path/'run')['error']) == ('failed', why)
+    (tmp_path/'run'/'job.json').write_text('{"status": "running"}')
+    bad = Job(notebook(tmp_path/'bad.ipynb', '1', choices='n: int = f(1)'), {}, tmp_path/'run')
+    from edgenb.kernels import Stop
+    stop = Stop(); stop.now('enough')
+    with FileLock(tmp_path/'run'/'.job.lock'): assert do(bad, stop=stop)['error'] == 'enough' and record_of(tmp_path/'run')['status'] == 'running'    # it is another's
+    assert 'not a plain value' in do(bad)['error'] and record_of(tmp_path/'run')['status'] == 'failed'
+
+
+def test_a_parameter_that_may_be_none_has_the_other_type_and_other_kinds_are_refused(tmp_path):
+    from edgenb.mill import check_parameters
+    known = parameters(notebook(tmp_path/'toy.ipynb', choices='m: int | None = None\nr: Optional[float] = None\ns: "str | None" = "a"\nd: dict[str, int | None] = {}\nt: tuple = (1,)\ne: int | str = 0\nu = None\nl: list[int | None] = [1]\nf: float = 0'))
+    given = check_parameters(known, {'m': '5', 'r': '1', 's': None, 'l': ['x']})
+    assert given == {'m': 5, 'r': 1.0, 's': None, 'l': ['x']} and [type(v) for v in given.values()] == [int, float, type(None), list]
+    assert type(known['f'].default) is float                                # given as 0 and not given are the same run
+    with pytest.raises(EdgenbError, match='whole number'): check_parameters(known, {'m': 'five'})
+    for name in 'dteu':
+        with pytest.raises(EdgenbError, match=f'{name} is declared as .* cannot be set'): check_parameters(known, {name: '5'})
+
+
+def test_a_name_in_yaml_that_is_no_text_is_a_line(tmp_path):
+    notebook(tmp_path/'toy.ipynb', '1')
+    for text in ('1: 2', 'on: x'): refused(call('run', 'toy.ipynb', '-y', text, cwd=tmp_path), 'there is no parameter')

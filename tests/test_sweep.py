@@ -171,7 +171,173 @@ def test_results_of_workers_without_a_common_disk_arrive_by_digest(workspace, cl
         client.run(not_shared)
         job = executors.Job(workspace/'far.ipynb', {'n': 3}, workspace/'runs'/'far'/'point-x')
         fields = {k: str(v) if isinstance(v, Path) else v for k, v in vars(job).items()}
-        future = client.submit(executors.work, fields, job.notebook.read_text(), (str(workspace/'no-such-mark'), 'x'), pure=False)
-        record = executors._arrived(client, future, job)
+        future = client.submit(executors.work, fields, job.notebook.read_text(), (str(workspace/'no-such-mark'), 'x'), executors.code_of_edgenb(), {}, pure=False)
+        record = executors._arrived(client, future, job, fetched := [])
+        left = list(elsewhere.rglob('n.bin'))
+        client.run(executors.forget, [*fetched, str(workspace/'runs'/'far'/'point-x')])       # the second is not the worker's to delete
     assert record['status'] == 'done' and executors.finished(job.folder) and (job.folder/'n.bin').read_bytes() == bytes(range(256))*3
-    assert list(elsewhere.rglob('n.bin')) and record_of(job.folder)['wrote'] == record['wrote']
+    assert left and not list(elsewhere.rglob('*far*')) and record_of(job.folder)['wrote'] == record['wrote']
+
+
+def test_whatever_a_rooms_key_holds_is_in_the_name_of_a_point(workspace, monkeypatch):
+    import importlib.metadata
+    import edgenb as package
+    for path, text in {'data/a.json': '[]', 'data/1.png': '1', 'beside.py': 'import pack.deep', 'pack/__init__.py': '', 'pack/deep.py': 'X = 1', 'unrelated.py': '', 'lib/far.py': 'X = 1', 'settings.ini': '[gates]\nmin_per_class = 50\n', 'own/edgenb/__init__.py': '', 'own/edgenb/devices.toml': 'a = 1'}.items():
+        (workspace/path).parent.mkdir(parents=True, exist_ok=True); (workspace/path).write_text(text)
+    notebook(workspace/'reads.ipynb', '%matplotlib inline\nimport sys; sys.path.insert(0, "lib"); import beside, far, toyrooms_sweep', choices="output_dir: str = ''\nsource: str = ''\nn: int = 0")
+    plan = lambda source='data/a.json': plan_sweep('reads.ipynb', {'n': [1]}, common={'source': source}).names[0]
+    seen = [plan(), plan('.')]
+    assert plan() == seen[0] and seen[0] != seen[1]
+    for path in ('runs/reads/point-x/job.json', 'unrelated.py'):
+        (workspace/path).parent.mkdir(parents=True, exist_ok=True); (workspace/path).write_text('X = 3')
+        assert plan() == seen[0] and (plan('.') == seen[1]) == path.startswith('runs')      # a folder that holds the runs counts without them
+    seen.append(plan('.'))
+    for path, text in (('data/1.png', '22'), ('pack/deep.py', 'X = 2'), ('lib/far.py', 'X = 2'), ('toyrooms_sweep.py', ROOMS + 'X = 1'), ('settings.ini', '[gates]\nmin_per_class = 51\n')):
+        (workspace/path).write_text(text)
+        assert (name := plan()) not in seen, path
+        seen.append(name)
+    monkeypatch.setattr(package, '__file__', str(workspace/'own/edgenb/__init__.py'))
+    seen.append(plan())
+    (workspace/'own/edgenb/devices.toml').write_text('a = 2')
+    assert plan() not in seen
+    (workspace/'own/edgenb/__init__.py').write_text("LIBRARIES = ('numpy',)")
+    seen.append(plan())
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0' if name == 'numpy' else real(name))
+    assert plan() not in seen
+
+
+def test_a_recipe_that_is_edited_while_a_sweep_runs_is_run_as_it_was_planned(workspace):
+    write = lambda what: notebook(workspace/'wrote.ipynb', f"open(f'{{output_dir}}/n.txt', 'w').write('{what}')")
+    write('old')
+    plan = plan_sweep('wrote.ipynb', {'n': [1, 2]})
+    write('newer')
+    done = sweep(plan, workers=1, said=lambda line: None)
+    assert done.failed == 0 and [(plan.folder/n/'n.txt').read_text() for n in plan.names] == ['old']*2 and (plan.folder/plan.names[0]/'wrote.ipynb').is_file()
+    assert standing(plan_sweep('wrote.ipynb', {'n': [1, 2]})) == ['new']*2
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    "An executor that leaves the card of a room that nothing here knows, and starts no kernel."
+    from edgenb import executors
+    from edgenb.core import Card, digest_of, write_json
+    seen = []
+    def runs(jobs, workers):
+        for job in jobs:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            Card('mine', digest_of(job.values), {}, {}, {}, {'square': {'of': job.values['n']**2}, 'flat': 1}, 'synthetic', '2026-01-01T00:00:00+00:00', 0.1, {}, '0').save(job.folder/'02-mine.json')
+            record = {'status': 'done', 'recipe': 'toy', 'values': job.values, 'seconds': 0.1, 'wrote': {}}
+            write_json(job.folder/'job.json', record)
+            seen.append(job)
+            yield job, record
+    monkeypatch.setitem(executors.EXECUTORS, 'at once', runs)
+    return seen
+
+
+def test_a_search_is_led_by_what_a_room_of_ones_own_found(workspace, at_once):
+    from edgenb.sweep import Span, search_sweep
+    far = lambda found: [abs(r['values']['n']) for r in found.records]
+    said = []
+    found = [search_sweep('toy.ipynb', {'n': Span(-500, 500)}, {}, 30, 'mine.square.of', maximize, workers=1, where='at once', said=said.append) for maximize in (False, True)]
+    assert not any('does not count' in line for line in said)
+    assert min(far(found[0])) < 20 and max(far(found[1])) > 480 and sum(far(found[0])[15:]) < sum(far(found[1])[15:])/2      # the later ones follow the goal
+    with pytest.raises(EdgenbError, match='none of .* has a number mine.flt.*Did you mean mine.flat'): search_sweep('toy.ipynb', {'n': Span(-500, 500)}, {}, 2, 'mine.flt', True, workers=1, where='at once', said=said.append)
+    shown = call('compare', 'runs/toy', '--columns', 'run,mine.square.of', cwd=workspace)
+    assert shown.returncode == 0 and len(shown.stdout.splitlines()[1].split()) == 2
+
+
+@pytest.fixture
+def elsewhere(workspace, tmp_path_factory, monkeypatch):
+    "Does a job here as a worker that sees another disk would."
+    import tempfile
+    from edgenb import executors
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path_factory.mktemp('elsewhere')))
+    def at(notebook, values, code=None, files={}):
+        job = executors.Job(workspace/notebook, values, workspace/'runs'/Path(notebook).stem/'point-x')
+        return executors.work({k: str(v) if isinstance(v, Path) else v for k, v in vars(job).items()}, job.notebook.read_text(), (str(workspace/'no-such-mark'), 'x'), code or executors.code_of_edgenb(), files)
+    yield at
+    for z, _ in executors._ZYGOTES.values(): z.close()
+    executors._ZYGOTES.clear()
+
+
+def test_a_worker_with_other_code_does_nothing_also_if_it_joins_late_or_has_not_been_restarted(workspace, elsewhere, monkeypatch):
+    from edgenb import executors
+    with pytest.raises(EdgenbError, match='restart the worker'): elsewhere('toy.ipynb', {'n': 1}, code='another')
+    monkeypatch.setattr(executors, 'code_of_edgenb', lambda: 'edited')                     # on the disk, after this process loaded it
+    with pytest.raises(EdgenbError, match='restart the worker'): elsewhere('toy.ipynb', {'n': 1})
+    assert executors.about_worker()[1] != 'edited' and not list(workspace.glob('tally'))
+
+
+def test_a_path_that_names_other_data_on_a_worker_is_refused(workspace, elsewhere, monkeypatch, tmp_path_factory):
+    from edgenb import executors
+    notebook(workspace/'reads.ipynb', "open(f'{output_dir}/n.txt', 'w').write(open(f'{source}/a.txt').read())", choices="output_dir: str = ''\nsource: str = 'photos'\nn: int = 0")
+    (workspace/'photos').mkdir(); (workspace/'photos'/'a.txt').write_text('ours')
+    files = executors.contents(executors.Job(workspace/'reads.ipynb', {'n': 1}, workspace/'runs'/'reads'/'point-x'))
+    assert list(files) == ['photos']
+    other = tmp_path_factory.mktemp('other')
+    monkeypatch.chdir(other)
+    with pytest.raises(EdgenbError, match='photos is not on'): elsewhere('reads.ipynb', {'n': 1}, files=files)
+    (other/'photos').mkdir(); (other/'photos'/'a.txt').write_text('hers')
+    with pytest.raises(EdgenbError, match='other data'): elsewhere('reads.ipynb', {'n': 1}, files=files)
+    (other/'photos'/'a.txt').write_text('ours')
+    assert elsewhere('reads.ipynb', {'n': 1}, files=files)['status'] == 'done'
+
+
+def test_a_worker_keeps_one_zygote(workspace, elsewhere):
+    from edgenb import executors
+    for n in (1, 2):
+        notebook(workspace/'small.ipynb', f'print({n})')
+        assert elsewhere('small.ipynb', {'n': n})['status'] == 'done'
+    with executors._zygote(workspace/'small.ipynb') as used, executors._zygote(workspace/'toy.ipynb') as other:
+        assert used.process.poll() is None and used is not other                           # one that is in use stays
+    with executors._zygote(workspace/'toy.ipynb') as again: assert again is other and used.process.poll() is not None and len(executors._ZYGOTES) == 1
+
+
+def test_runs_at_once_go_by_the_most_threads_any_of_them_asks_for(monkeypatch):
+    from edgenb.sweep import _at_once
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)), raising=False)
+    known = {'num_threads': Parameter('num_threads', 'int', 1)}
+    at_once = lambda where='local', options={}, workers=None: _at_once(workers, where, options, known, [{'num_threads': 2}, {'num_threads': 4}, {}])
+    assert (at_once(), at_once(workers=3), at_once('dask'), at_once('dask', {'scheduler': 'tcp://x:1'}), at_once('dask', {'scheduler': 'tcp://x:1'}, 3)) == (2, 3, 2, None, 3)
+
+
+def test_a_cluster_does_as_many_runs_at_once_as_asked(workspace, cluster):
+    code = f"import os, time\nopen(f'{workspace}/busy-{{n}}', 'w').close(); time.sleep(0.3)\nprint(len([p for p in os.listdir({str(workspace)!r}) if p.startswith('busy-')]), file=open(f'{workspace}/seen-{{n}}', 'w'))\nos.unlink(f'{workspace}/busy-{{n}}')"
+    notebook(workspace/'busy.ipynb', code)
+    told = last_json(call('sweep', 'busy.ipynb', '-g', 'n=1,2,3', '--workers', '1', '--scheduler', cluster.scheduler_address, '--json', cwd=workspace))
+    assert told['done'] == 3 and [p.read_text().strip() for p in sorted(workspace.glob('seen-*'))] == ['1']*3
+
+
+def test_a_path_with_dots_is_no_range_and_near_ranges_are_two(workspace):
+    from edgenb.sweep import Span
+    known = {'source': Parameter('source', 'str', ''), 'n': Parameter('n', 'int', 0)}
+    assert axis('source=../../photos', known) == ('source', ['../../photos']) and axis('n=1..3', known) == ('n', Span(1, 3))
+    with pytest.raises(EdgenbError, match='whole number'): axis('n=1..x', known)
+    assert str(Span(1000000, 2000001)) != str(Span(1000000, 2000000))
+
+
+def test_a_parameter_that_is_called_as_a_column_is_keeps_its_own(workspace, at_once):
+    from edgenb.sweep import sweep_table
+    notebook(workspace/'odd.ipynb', '1', choices='n: int = 0\nvalue: int = 0')
+    table = sweep_table(sweep(plan_sweep('odd.ipynb', {'value': [41, 42]}, common={'n': 1}), where='at once', said=lambda line: None))
+    assert 'parameter value' in table.splitlines()[0] and '42' in table.splitlines()[2].split()
+
+
+def test_a_search_says_what_it_would_do_as_json_and_counts_what_finished_before(workspace, at_once):
+    from edgenb.sweep import search_sweep
+    ask = lambda trials, said: search_sweep('toy.ipynb', {'n': list(range(100))}, {}, trials, 'mine.flat', True, workers=1, where='at once', said=said.append)
+    ask(3, []); ask(5, said := [])
+    assert said[0] == '3 of 5 runs finished before' and [line.split()[0] for line in said[1:]] == ['1/2', '2/2']
+    told = json.loads(call('sweep', 'toy.ipynb', '-g', f"n={','.join(map(str, range(100)))}", '--search', '9', '--maximize', 'mine.flat', '--dry-run', '--json', cwd=workspace).stdout)
+    assert (told['trials'], told['proposed'], told['finished']) == (9, 5, 5)
+    refused(call('sweep', 'toy.ipynb', '-g', 'n=1', '--dask', 'local', '--scheduler', 'tcp://127.0.0.1:9', cwd=workspace), 'give one of them')
+
+
+def test_a_broken_package_with_an_executor_breaks_no_other(monkeypatch):
+    import importlib.metadata
+    from edgenb.executors import executor
+    monkeypatch.setattr(importlib.metadata, 'entry_points', lambda group: [importlib.metadata.EntryPoint('slurm', 'no_such_module:run', group)])
+    assert executor('local') and executor('dask')
+    with pytest.raises(EdgenbError, match='executor slurm .* cannot be loaded'): executor('slurm')
+    with pytest.raises(EdgenbError, match='Did you mean slurm'): executor('slrum')
