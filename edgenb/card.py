@@ -50,6 +50,7 @@ def _source(asked: dict, kind: str) -> tuple:   # (name, licence or '')
 
 def facts(run: Run) -> dict:
     "What a shipped run says of itself, from its cards."
+    from edgenb.mill import smoked
     from edgenb.pipeline import Pipeline
     from edgenb.runtime import runtime
     from edgenb.ship import bundle_of, check_bundle
@@ -59,7 +60,7 @@ def facts(run: Run) -> dict:
     source, source_licence = _source(data.asked, data.data)
     row = next(r for r in verify.result['rows'] if r['artifact'] == ship.result['artifact'])
     decide = next((s for s in reversed(pipeline.steps) if s['step'] in ('decide', 'rank')), {})
-    return {'name': manifest['name'], 'bundle': manifest['digest'], 'artifact': row['artifact'], 'runtime': row['runtime'], 'extra': runtime(row['runtime']).extra, 'precision': row['precision'], 'size_mb': ship.result['size_mb'], 'input': pipeline.input,
+    return {'smoke': smoked(run), 'name': manifest['name'], 'bundle': manifest['digest'], 'artifact': row['artifact'], 'runtime': row['runtime'], 'extra': runtime(row['runtime']).extra, 'precision': row['precision'], 'size_mb': ship.result['size_mb'], 'input': pipeline.input,
             'classes': list(pipeline.classes), 'negative': pipeline.classes[pipeline.negative] if pipeline.negative >= 0 else None, 'decide': {k: v for k, v in decide.items() if k in ('threshold', 'review')},
             'base': base, 'base_model': hub, 'base_licence': base_licence, 'source': source, 'source_licence': source_licence, 'data': data.data, 'language': data.result.get('language'), 'method': tune.asked.get('method', ''),
             'parameters': run.card('squeeze').result.get('parameters'), 'splits': data.result.get('splits', {}), 'certificate': data.result['certificate'], 'overridden': verify.result.get('overridden_gates', []), 'warnings': manifest['warnings'],
@@ -74,7 +75,7 @@ def front_matter(f: dict,               # of `facts`
     "The metadata of the card."
     from huggingface_hub import EvalResult, ModelCardData
     row, task = f['row'], TASKS.get(f['input'])
-    tags = ['edgenb', 'edge', f['runtime'], f['precision'], *(['synthetic-data'] if f['data'] != 'real' else []), *([] if row['verdict'] == 'pass' else ['unproven'])]
+    tags = ['edgenb', 'edge', f['runtime'], f['precision'], *(['synthetic-data'] if f['data'] != 'real' else []), *(['smoke-run'] if f['smoke'] else []), *([] if row['verdict'] == 'pass' else ['unproven'])]
     name = dataset or f['source']
     if f['data'] != 'real' and f['data'] not in name and 'synthetic' not in name: name += f" ({'synthetic' if f['data'] == 'synthetic' else 'partly synthetic'})"
     metric = METRICS.get(row['metric'], row['metric'].replace(' ', '_'))
@@ -96,7 +97,7 @@ def hops_table(rows: list) -> str:
 
 def limits(f: dict) -> list:   # of sentences
     "What must be known before this model is trusted."
-    row, out = f['row'], []
+    row, out = f['row'], ['It comes from a **smoke run**, which is tiny and only shows that everything works: no figure of it means anything.'] if f['smoke'] else []
     if f['data'] != 'real': out.append(f"It was made and judged on **{f['data']}** data: the figures say nothing about real {'windows' if f['input'] == 'window' else THINGS[f['input']] + 's'} until it has been judged on them.")
     out += [f"The data gate *{g}* was not met and was overridden." for g in f['overridden']]
     if row['verdict'] != 'pass': out.append(f"It was shipped although the verdict on it is **{row['verdict']}**: {row['reason']}.")
@@ -129,7 +130,7 @@ def card_text(f: dict,               # of `facts`
     licences += [f'data: {f["source_licence"]}'] if f['source_licence'] else []
     libraries = ', '.join(f'{n} {v}' for n, v in sorted(e['libraries'].items()) if v != 'not installed')
     parameters = f"{f['parameters']:,} parameters, " if isinstance(f['parameters'], int) else ''
-    parts = [f'---\n{front_matter(f, license, dataset).to_yaml()}\n---', f"# {f['name']}",
+    parts = [f'---\n{front_matter(f, license, dataset).to_yaml()}\n---', f"# {f['name']}", *(['**A smoke run: its figures mean nothing.**'] if f['smoke'] else []),
         f"A model of {parameters}{f['precision']}, {f['size_mb']} MB with all that a device needs, for {f['runtime']}. On the frozen test set: **{row['metric']} {value}**" + (', on **synthetic** data' if f['data'] == 'synthetic' else ', on **partly synthetic** data' if f['data'] == 'mixed' else '') + f". Verdict: **{row['verdict']}** ({row['reason']}).",
         '## What it is for', _use(f), '## How to use it', f"```sh\npip install 'edgenb[{f['extra']}]'\nedgenb predict bundle/ {example}\n```\n\nThe bundle is data only, and checked against its manifest (`{f['bundle'][:16]}…`) whenever it is loaded.",
         '## Does it still do what the tuned model does?', f"Every hop from the tuned model to the file that ships, each judged on the same {f['judged']} test cases through the same pipeline. An artifact passes if it is proven, with {f['confidence']:.0%} confidence, to lose at most {f['tolerance']} of the metric.", hops_table(f['rows']),
@@ -158,6 +159,8 @@ def push(run: Run,
     "Put the card and the bundle of a shipped run on the Hugging Face hub, in one commit."
     from edgenb.ship import bundle_of
     from huggingface_hub import CommitOperationAdd, HfApi
+    from edgenb.mill import smoked
+    if smoked(run): raise EdgenbError(f'{run.path} is a smoke run, whose figures mean nothing: run the recipe without smoke, then push that')
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo): raise EdgenbError(f'{repo} is not the name of a repository: pass NAME/MODEL')
     bundle = bundle_of(run)
     files = {'README.md': card, **{f'bundle/{p.relative_to(bundle).as_posix()}': p for p in sorted(bundle.rglob('*')) if p.is_file()}}

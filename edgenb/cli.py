@@ -8,7 +8,7 @@ __all__ = ['COMMANDS', 'GIVEN', 'argument', 'command', 'command_recipes', 'comma
            'command_completion', 'command_card', 'command_open', 'command_new', 'parser', 'main']
 
 # %% ../nbs/17_cli.ipynb #61b96ae7
-import argparse, os, sys
+import argparse, sys
 
 # %% ../nbs/17_cli.ipynb #d8a9805e
 COMMANDS: dict = {}   # name -> (function, its arguments)
@@ -295,7 +295,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv=None) -> int:
     "Entry point of the `edgenb` command; returns the exit code."
     args = parser().parse_args(argv)
-    os.environ.setdefault('EDGENB_PANELS', 'static')   # nobody sits at the kernels that are started from here, though a notebook may have called
     if args.version:
         from edgenb import __version__
         print(__version__)

@@ -159,7 +159,7 @@ def as_page(rows: list, columns: list | None = None, title: str = 'Runs') -> str
     figures = {f'plot-{n}': json.loads(pareto_figure(some, f'{recipe}: {metric}').to_json()) for n, ((recipe, metric), some) in enumerate(groups.items())}
     unreal = [r for r in rows if r.get('data') and r['data'] != 'real']
     return PAGE.format(title=html.escape(title), lead=f"{len(rows)} rows, {sum(bool(r.get('status') == 'failed') for r in rows)} failed. A click on a heading sorts.", caption='Larger marks are larger models; the dotted line is the front of what did not fail.' if figures else '',
-                       warn=f'<p class="warn">{len(unreal)} of {len(rows)} rows come from synthetic or mixed data (open marks): they say that things work, not how well.</p>' if unreal else '',
+                       warn=f'<p class="warn">{len(unreal)} of {len(rows)} rows come from synthetic or mixed data, or from smoke runs (open marks): they say that things work, not how well.</p>' if unreal else '',
                        plots=''.join(f'<div id="{i}" class="plot"></div>' for i in figures), head=''.join(f'<th scope="col"><button type="button">{html.escape(c)}</button></th>' for c in columns),
                        body='\n'.join(f'<tr>{"".join(cell(f, c) for c in columns)}</tr>' for f in flats), plotly=get_plotlyjs(), figures=json.dumps(figures).replace('</', '<\\/'))
 

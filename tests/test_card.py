@@ -132,6 +132,15 @@ def test_a_push_to_what_is_no_repository_sends_nothing(name, toy_run, tmp_path):
     assert not hub.made
 
 
+def test_a_smoke_run_is_called_one_and_is_not_pushed(toy_run, monkeypatch, tmp_path):
+    import edgenb.mill
+    assert 'smoke run' not in card_text(facts(toy_run))
+    monkeypatch.setattr(edgenb.mill, 'smoked', lambda run: run.path == toy_run.path)
+    text = card_text(facts(toy_run))
+    assert '- smoke-run' in text and '**A smoke run: its figures mean nothing.**' in text
+    with pytest.raises(EdgenbError, match='is a smoke run'): push(toy_run, 'me/x', tmp_path/'README.md', api=object())
+
+
 def test_a_push_that_fails_is_one_clear_line_and_keeps_the_card(toy_run, tmp_path):
     class Offline(Hub):
         def create_repo(self, repo, **kw): raise ConnectionError('no route\nto host')
