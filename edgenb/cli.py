@@ -288,7 +288,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv=None) -> int:
     "Entry point of the `edgenb` command; returns the exit code."
     args = parser().parse_args(argv)
-    os.environ.setdefault('EDGENB_PANELS', 'static')   # nobody sits at the kernels that are started from here, though a notebook may have called
     if args.version:
         from edgenb import __version__
         print(__version__)

@@ -413,6 +413,12 @@ def test_a_new_default_takes_the_place_of_the_old_one_and_of_nothing_else(line, 
     assert _with_defaults(f'# all\nbefore: int = 1  # x = 3\n{line}\nafter = "x = 1"', {'x': 'new'}) == f'# all\nbefore: int = 1  # x = 3\n{becomes}\nafter = "x = 1"'
 
 
+def test_the_command_line_leaves_its_process_free_to_show_panels(monkeypatch, capsys):
+    from edgenb.cli import main
+    monkeypatch.delenv('EDGENB_PANELS', raising=False)
+    assert main(['--version']) == 0 and 'EDGENB_PANELS' not in os.environ
+
+
 def test_opening_without_jupyterlab_says_what_to_install(tmp_path):
     code = "import sys; sys.modules['jupyterlab'] = None\nfrom edgenb.cli import main\nimport importlib.util as u; real = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'jupyterlab' else real(n, *a)\nsys.exit(main(['open', 'wafer']))"
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(root)})
