@@ -41,7 +41,7 @@ def asked_as(e, shift: str) -> str:
     "What a decision about an image from the field is filed under: its name there, and the beginning of its digest."
     return filed(name_there(e, shift), e.sha256)
 
-def reviewed(examples: list, shift: str, path: str, classes: list) -> tuple:   # ({index: class decided on}, indices that were corrected, summary for a card)
+def reviewed(examples: list, shift: str, path: str, classes: list) -> tuple:   # ({index: class decided on}, summary for a card)
     "What people decided about images from the field; what was left out is not among it."
     from edgenb.decisions import LABEL, Decisions
     decisions = Decisions(path, LABEL)
@@ -49,7 +49,7 @@ def reviewed(examples: list, shift: str, path: str, classes: list) -> tuple:   #
     labels = {i: d.after for i, d in held.items() if d.action != 'reject'}
     if not labels: raise EdgenbError(f'learn: {path} confirms or corrects none of these images: decide in edgenb.panel.gallery(run)')
     if odd := next((d for i, d in held.items() if i in labels and d.after not in classes), None): raise EdgenbError(f'learn: {path}: {odd.who} decided on {odd.after}, a class the data does not have.{did_you_mean(odd.after, classes)}')
-    return labels, {i for i, d in held.items() if d.action == 'correct'}, {'reviewer': ', '.join(sorted({d.who for d in held.values()})), 'left_out': len(held) - len(labels), 'actions': decisions.actions(str)}
+    return labels, {'reviewer': ', '.join(sorted({d.who for d in held.values()})), 'left_out': len(held) - len(labels), 'actions': decisions.actions(str)}
 
 # %% ../nbs/08_learn.ipynb #56603b9d
 def shifted(examples: list, shift: str, mode: str = 'L') -> list:
@@ -64,7 +64,7 @@ def _outside(decisions, **_):
 @room(8, needs=('data', 'ship'), libraries=LIBRARIES, reads=_outside)
 def learn(run,
           shift: str = 'darkened',   # what happened in the field, of `edgenb.watch.SHIFTS`; '' for nothing
-          budget: int = 100,         # images a person will look at
+          budget: int = 100,         # images a person will look at; with `decisions` all that they looked at count
           decisions: str = ''        # file of what people decided about them (`edgenb.panel.gallery` writes it); '': their known labels play the person
          ):
     "Rehearse the field with the images held back; leave what was corrected or uncertain in the folder new_examples/."
@@ -79,12 +79,13 @@ def learn(run,
     images = shifted(field, shift, mode)
     answer = bundle.answer(images)
     told = {'reviewer': 'simulated: the known labels of the held-back images'}
-    if decisions: labels, corrected, told = reviewed(field, shift, decisions, list(bundle.pipeline.classes))
-    else: labels, corrected = {i: e.label for i, e in enumerate(field)}, {i for i, e in enumerate(field) if bundle.pipeline.classes.index(e.label) != answer['label'][i]}
+    labels = {i: e.label for i, e in enumerate(field)}
+    if decisions: labels, told = reviewed(field, shift, decisions, list(bundle.pipeline.classes)); budget = len(labels)   # they were looked at
     open_to = np.array(sorted(labels))
-    wrong = np.array([i in corrected for i in range(len(field))])
+    wrong = np.array([i in labels and bundle.pipeline.classes.index(labels[i]) != answer['label'][i] for i in range(len(field))])   # by this bundle: what was decided on may be another's
     thumbs = np.stack([thumbnail(i if i.ndim == 2 else i.mean(2).astype(np.uint8)) for i in images])
     chosen = open_to[worth_a_look(answer['score'][open_to], wrong[open_to], decide['threshold'], near_duplicates(thumbs).clusters[open_to], budget)]
+    if decisions: told['look_alikes'] = len(labels) - len(chosen)   # of those that were decided on, and are not needed
     new = []
     for i in chosen:
         name = name_there(field[i], shift)

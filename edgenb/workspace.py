@@ -63,10 +63,9 @@ def jupyterlab(path: Path, options: list):
     "Start JupyterLab on a notebook, in this process's place; it asks for its token as ever."
     root = settings(path.parent).root
     command = [sys.executable, '-m', 'jupyterlab', f'--ServerApp.root_dir={root}', f'--LabApp.default_url=/lab/tree/{quote(path.relative_to(root).as_posix())}', *options]   # the address that is printed is the notebook's
-    environment = {k: v for k, v in os.environ.items() if k != 'EDGENB_PANELS'}
     sys.stdout.flush()
-    if os.name == 'posix': os.execve(sys.executable, command, environment)
-    return subprocess.call(command, env=environment)
+    if os.name == 'posix': os.execv(sys.executable, command)
+    return subprocess.call(command)
 
 # %% ../nbs/70_workspace.ipynb #8e066b32
 NAME = r'[a-z][a-z0-9]*(-[a-z0-9]+)*'

@@ -249,6 +249,21 @@ def test_learn_takes_the_persons_word_from_the_gallery_and_nothing_else(own):
     with pytest.raises(EdgenbError, match='confirms or corrects none'): learn(own, budget=5, decisions=str(own.path/'none.jsonl'))
 
 
+def test_learn_takes_every_image_that_was_decided_on_and_counts_the_errors_of_this_bundle(own):
+    from edgenb.data import load_examples
+    from edgenb.decisions import Decisions
+    from edgenb.learn import learn, new_examples
+    from edgenb.panel import gallery
+    items = gallery(own, who='Ada').state.items
+    record = Decisions(own.path/'older.jsonl')
+    for i in items[:4]:                                                          # an older bundle had put another class first
+        before = next(c for c in ('clean', 'scratch') if c != i.label)
+        record.add(i.id, 'Ada', 'correct', (before, 0.6), i.label, None, model='an older bundle', seconds=1.0)
+    card = learn(own, budget=1, decisions=str(record.path))
+    assert card.result['wrong'] == card.result['corrected'] == 0
+    assert card.result['asked'] + card.result['look_alikes'] == 4 and len(load_examples(new_examples(own)/'examples.jsonl')) == card.result['asked'] > 1
+
+
 def test_the_sliders_move_verdicts_and_choice(own):
     from edgenb.panel import budget
     panel = budget(own)
@@ -411,6 +426,12 @@ def test_a_recipe_that_was_opened_and_changed_is_the_one_that_runs_and_says_so(s
 def test_a_new_default_takes_the_place_of_the_old_one_and_of_nothing_else(line, becomes):
     from edgenb.workspace import _with_defaults
     assert _with_defaults(f'# all\nbefore: int = 1  # x = 3\n{line}\nafter = "x = 1"', {'x': 'new'}) == f'# all\nbefore: int = 1  # x = 3\n{becomes}\nafter = "x = 1"'
+
+
+def test_the_command_line_leaves_its_process_free_to_show_panels(monkeypatch, capsys):
+    from edgenb.cli import main
+    monkeypatch.delenv('EDGENB_PANELS', raising=False)
+    assert main(['--version']) == 0 and 'EDGENB_PANELS' not in os.environ
 
 
 def test_opening_without_jupyterlab_says_what_to_install(tmp_path):
