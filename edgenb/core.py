@@ -120,7 +120,7 @@ def write_atomic(path: str | Path,   # where to
                 ) -> Path:
     "Write a file so that a reader, or a machine that lost power, sees the old content or the new, never half."
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.{os.urandom(3).hex()}.tmp')   # two threads may write the same
     with file_errors(path):
         try:
             with open(temporary, 'wb') as f:

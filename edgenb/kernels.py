@@ -6,7 +6,7 @@
 __all__ = ['HARMLESS', 'KERNEL', 'preload', 'serve', 'Forked', 'Zygote', 'can_fork', 'run', 'KernelDied', 'Stop', 'engine']
 
 # %% ../nbs/64_kernels.ipynb #386b35f7
-import ast, builtins, contextlib, ctypes, importlib, json, logging, os, queue, select, signal, socket, subprocess, sys, tempfile, threading, time, traceback
+import ast, builtins, contextlib, ctypes, importlib, json, logging, os, queue, select, shutil, signal, socket, subprocess, sys, tempfile, threading, time, traceback
 from pathlib import Path
 from .core import EdgenbError, _imported, _source, note_loaded
 
@@ -60,8 +60,8 @@ def _become_kernel(request, zygote, added):
     if 'numpy' in sys.modules: sys.modules['numpy'].random.seed()   # `random` does it by itself; torch starts from a constant seed as in a new process
     sys.argv = ['ipykernel_launcher', *request['argv']]
 
-def serve(fd: int, modules: list, notebook: str | None) -> None:   # returns only in a forked child
-    "The zygote's life: import, then fork on request. To be called in a process of its own, with a socket."
+def serve(fd: int, modules: list, notebook: str | None, folder: str) -> None:   # returns only in a forked child
+    "The zygote's life: import, then fork on request; at its end it deletes `folder`, of its kernels' sockets. To be called in a process of its own, with a socket."
     me, connection, given = os.getpid(), socket.socket(fileno=fd), dict(os.environ)
     os.environ.setdefault('MPLBACKEND', 'module://matplotlib_inline.backend_inline')   # as a kernel does, before matplotlib is imported
     os.environ['JPY_PARENT_PID'] = str(me)                                             # read when ipykernel is imported
@@ -86,6 +86,7 @@ def serve(fd: int, modules: list, notebook: str | None) -> None:   # returns onl
             if not got:
                 for pid in children:
                     with contextlib.suppress(OSError): os.killpg(pid, signal.SIGKILL)
+                shutil.rmtree(folder, ignore_errors=True)
                 os._exit(0)
             *lines, buffer = (buffer + got).split(b'\n')
             for line in lines:
@@ -123,22 +124,25 @@ class Zygote:
     def __init__(self, modules: list = (), notebook: str | Path | None = None):
         if not can_fork(): raise EdgenbError('kernels can be forked on Linux only')
         self._socket, theirs = socket.socketpair()
+        self.folder = tempfile.mkdtemp(prefix='edgenb-')   # of its kernels' sockets
         root = str(Path(sys.modules['edgenb'].__file__).parents[1])
-        code = f'import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.append({root!r}); from edgenb.kernels import run, serve; sys.path.pop(); serve({theirs.fileno()}, {list(modules)!r}, {notebook and str(notebook)!r}); run()'
+        code = f'import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.append({root!r}); from edgenb.kernels import run, serve; sys.path.pop(); serve({theirs.fileno()}, {list(modules)!r}, {notebook and str(notebook)!r}, {self.folder!r}); run()'
         self.process = subprocess.Popen([sys.executable, '-c', code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
         theirs.close()
         self.threads, self._children, self._asked, self._lock, self._told, self._open = None, {}, 0, threading.Lock(), threading.Condition(), True
+        self._answers, self._unwanted = {}, set()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self):
         "Keep the children's states as the zygote tells them; its own end ends them all."
-        answers = self._answers = {}
         with contextlib.suppress(OSError, ValueError), self._socket.makefile('rb') as lines:
             for line in lines:
                 m = json.loads(line)
                 with self._told:
                     if 'ready' in m: self.threads = m['ready']
-                    elif 'forked' in m: self._children[m['forked']] = answers[m['request']] = Forked(m['forked'])
+                    elif 'forked' in m:
+                        self._children[m['forked']] = self._answers[m['request']] = child = Forked(m['forked'])
+                        if m['request'] in self._unwanted: self._unwanted.discard(m['request']); self._answers.pop(m['request']); child.kill()
                     elif m['ended'] in self._children: self._children.pop(m['ended']).ended(m['code'])
                     self._told.notify_all()
         with self._told:
@@ -146,15 +150,18 @@ class Zygote:
             for child in self._children.values(): child.ended(-signal.SIGKILL)
             self._told.notify_all()
 
-    def fork(self, argv: list, cwd: str, env: dict) -> Forked:
-        "A new kernel with ipykernel's arguments `argv`; waits until the imports are done."
+    def fork(self, argv: list, cwd: str, env: dict, stop=None) -> Forked:
+        "A new kernel with ipykernel's arguments `argv`; waits until the imports are done, or a `Stop` says that it is enough."
         with self._lock:
             self._asked += 1
             number = self._asked
             try: self._socket.sendall(json.dumps({'id': number, 'argv': argv, 'cwd': str(cwd), 'env': env}).encode() + b'\n')
             except OSError: raise EdgenbError('the process that forks kernels has ended') from None
         with self._told:
-            self._told.wait_for(lambda: number in self._answers or not self._open)
+            while not self._told.wait_for(lambda: number in self._answers or not self._open, 0.2):
+                if stop and stop.why:
+                    self._unwanted.add(number)
+                    raise KernelDied(stop.why, None)
             if number not in self._answers: raise EdgenbError('the process that forks kernels has ended')
             return self._answers.pop(number)
 
@@ -164,6 +171,7 @@ class Zygote:
         self._socket.close()
         try: self.process.wait(5)
         except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
@@ -172,11 +180,17 @@ def can_fork() -> bool:
     "Whether kernels can be forked here."
     return sys.platform == 'linux'
 
+def _worth_saying(record):
+    "Whether a kernel's remark is more than that it was interrupted: that happens before it is shut down, and is no error wherever it falls."
+    return 'KeyboardInterrupt caught' not in record.getMessage() and not (record.exc_info and record.exc_info[0] is KeyboardInterrupt)
+
 def run():
     "In a forked child: be a kernel."
     from ipykernel.kernelapp import IPKernelApp
     app = IPKernelApp.instance()
-    try: app.initialize()
+    try:
+        app.initialize()
+        for log in (getattr(app.log, 'logger', app.log), *map(logging.getLogger, ('tornado.general', 'tornado.application', 'asyncio'))): log.addFilter(_worth_saying)
     except Exception:   # a thread of its own may be there already, and would keep it for ever
         traceback.print_exc()
         os._exit(1)
@@ -194,25 +208,26 @@ def _words(code):
     name = signal.Signals(-code).name if -code in list(signal.Signals) else f'signal {-code}'
     return f'was killed by {name}' + {'SIGKILL': ' (most likely the machine ran out of memory)', 'SIGSEGV': ' (a crash in compiled code)', 'SIGABRT': ' (a crash in compiled code)'}.get(name, '')
 
-def _provisioner(base, zygote):
+def _provisioner(base, zygote, stop):
     class ForkedProvisioner(base):
         "Launches kernels of this interpreter by forking."
         async def launch_kernel(self, cmd, **kw):
             at = cmd.index('ipykernel_launcher') if 'ipykernel_launcher' in cmd else -1
             if at < 0 or Path(cmd[0]) != Path(sys.executable) or cmd[1:at] != ['-m'] or self.kernel_spec.env: return await super().launch_kernel(cmd, **kw)
-            try: self.process = zygote.fork(cmd[at + 1:], kw.get('cwd') or os.getcwd(), dict(kw.get('env') or os.environ))
+            try: self.process = zygote.fork(cmd[at + 1:], kw.get('cwd') or os.getcwd(), dict(kw.get('env') or os.environ), stop)
+            except KernelDied: raise
             except EdgenbError: return await super().launch_kernel(cmd, **kw)
             self.pid = self.pgid = self.process.pid
             self.cwd = kw.get('cwd') or Path.cwd()
             return self.connection_info
     return ForkedProvisioner
 
-def _manager(zygote):
+def _manager(zygote, stop):
     from jupyter_client import AsyncKernelClient, AsyncKernelManager
     from jupyter_client.provisioning import LocalProvisioner
     from traitlets import Type
     if zygote is None: return AsyncKernelManager
-    provisioner = _provisioner(LocalProvisioner, zygote)
+    provisioner = _provisioner(LocalProvisioner, zygote, stop)
     class Client(AsyncKernelClient):
         async def wait_for_ready(self, timeout=None):
             "As its base does; but it goes on when the answer's last message is there, not after a fifth of a second without any."
@@ -230,7 +245,7 @@ def _manager(zygote):
         client_factory = Type(klass='jupyter_client.KernelClient', default_value=Client)
         async def _async_pre_start_kernel(self, **kw):
             self.kernel_id = self.kernel_id or kw.pop('kernel_id', None) or os.urandom(8).hex()
-            if len(tempfile.gettempdir()) < 60: self.transport, self.ip = 'ipc', f'{tempfile.gettempdir()}/edgenb-{os.urandom(6).hex()}'   # files: a free port may be taken by another before the kernel has it
+            if len(zygote.folder) < 75 and os.path.isdir(zygote.folder): self.transport, self.ip, self.connection_file = 'ipc', (at := f'{zygote.folder}/{os.urandom(6).hex()}'), f'{at}.json'   # files: a free port may be taken by another before the kernel has it
             if self.provisioner is None and 'kernel_provisioner' not in self.kernel_spec.metadata: self.provisioner = provisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
             return await super()._async_pre_start_kernel(**kw)
     return ForkedKernelManager
@@ -278,9 +293,9 @@ def engine() -> str:
         "papermill's own, with forked kernels, a time limit for the run, and words for a kernel that died."
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, zygote=None, stop=None, kernel_cwd=None, kernel_env=None, input_path=None, log_output=False, **kw):
-            at = []
-            client = Client(nb_man, kernel_manager_class=_manager(zygote), kernel_name=kernel_name, startup_timeout=start_timeout, log_output=log_output, log=logger if log_output else quiet, on_cell_execute=lambda cell, cell_index: at.append(cell_index), **kw)
-            with (stop or Stop()) as client.stop:
+            at, stop = [], stop or Stop()
+            client = Client(nb_man, kernel_manager_class=_manager(zygote, stop), kernel_name=kernel_name, startup_timeout=start_timeout, log_output=log_output, log=logger if log_output else quiet, on_cell_execute=lambda cell, cell_index: at.append(cell_index), **kw)
+            with stop as client.stop:
                 try: return client.execute(cwd=kernel_cwd or os.getcwd(), env=os.environ | (kernel_env or {}))
                 except (DeadKernelError, RuntimeError) as e:
                     code = client.process.poll() if client.process else None

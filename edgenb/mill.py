@@ -170,10 +170,16 @@ def record_of(folder: str | Path) -> dict:
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError): return {}
 
+def _passing(parts):
+    "Whether a path in a run is a lock, a record or the like; what is in a room's folder is the room's, whatever it is called."
+    for part in parts:
+        if re.fullmatch(r'\d\d-.+\.[0-9a-f]{8}', part): return False
+        if part.startswith('.'): return True
+    return parts[-1] == 'job.json'
+
 def manifest(folder: Path) -> dict:   # path -> SHA-256
     "Every file of a run by digest; locks, and the record itself, left out."
-    return {p.relative_to(folder).as_posix(): digest(p) for p in sorted(folder.rglob('*'))
-            if p.is_file() and p.name != 'job.json' and not any(part.startswith('.') for part in p.relative_to(folder).parts)}
+    return {p.relative_to(folder).as_posix(): digest(p) for p in sorted(folder.rglob('*')) if p.is_file() and not _passing(p.relative_to(folder).parts)}
 
 def _executed(path, out, values, **how):
     "Run a notebook; returns (error, cell), both None if it came to its end."

@@ -1,5 +1,5 @@
 "Single runs as jobs, and the kernels they run in."
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import nbformat
 import pytest
@@ -123,7 +123,9 @@ def test_torch_and_blas_compute_in_parallel_after_a_fork(tmp_path, zygote):
 
 
 @linux
-def test_no_kernel_outlives_a_parent_that_is_killed(tmp_path):
+def test_no_kernel_outlives_a_parent_that_is_killed_and_no_socket(tmp_path, monkeypatch):
+    short = Path(tempfile.mkdtemp(dir='/tmp'))      # a socket's path must be short
+    monkeypatch.setenv('TMPDIR', str(short))
     notebook(tmp_path/'sleeps.ipynb', f"import os, subprocess, time\np = subprocess.Popen(['sleep', '1000'])\nopen(f'{tmp_path}/pids-{{n}}', 'w').write(f'{{os.getpid()}} {{os.getppid()}} {{p.pid}}')\ntime.sleep(1000)")
     process = subprocess.Popen([edgenb, 'sweep', 'sleeps.ipynb', '-g', 'n=1,2', '--workers', '2'], cwd=tmp_path, stderr=subprocess.DEVNULL)
     while len(found := list(tmp_path.glob('pids-*'))) < 2 or not all(f.read_text() for f in found): assert process.poll() is None; time.sleep(0.05)
@@ -134,6 +136,8 @@ def test_no_kernel_outlives_a_parent_that_is_killed(tmp_path):
         if not alive(): break
         time.sleep(0.1)
     assert not alive() and len(pids) == 5      # two kernels, two children of theirs, one zygote
+    assert not list(short.rglob('*'))
+    short.rmdir()
 
 
 def test_a_kernel_that_is_not_installed_is_a_line_and_a_failed_run(tmp_path):
@@ -177,3 +181,42 @@ def test_a_parameter_that_may_be_none_has_the_other_type_and_other_kinds_are_ref
 def test_a_name_in_yaml_that_is_no_text_is_a_line(tmp_path):
     notebook(tmp_path/'toy.ipynb', '1')
     for text in ('1: 2', 'on: x'): refused(call('run', 'toy.ipynb', '-y', text, cwd=tmp_path), 'there is no parameter')
+
+
+@linux
+def test_a_time_limit_holds_also_while_the_zygote_hangs_and_a_late_kernel_is_ended(tmp_path):
+    from edgenb.kernels import KernelDied, Stop, Zygote
+    path = notebook(tmp_path/'toy.ipynb', 'print(1)')
+    with Zygote() as zygote:
+        os.kill(zygote.process.pid, signal.SIGSTOP)
+        with pytest.raises(KernelDied, match='did not end within 1 s'): through(path, zygote, stop=Stop(1))
+        assert len(zygote._unwanted) == 1
+        os.kill(zygote.process.pid, signal.SIGCONT)
+        while zygote._unwanted or zygote._children: time.sleep(0.05)
+        assert through(path, zygote)[-1] == '1\n'
+
+
+def test_what_a_room_wrote_is_listed_whatever_it_is_called(tmp_path):
+    from edgenb.mill import manifest
+    listed = ['01-data.0123abcd/.hidden/x', '01-data.0123abcd/job.json', 'toy.ipynb', 'turn-1/02-tune.0123abcd/.y']
+    for path in [*listed, 'job.json', '.lock', '.rooms/x', 'turn-1/.lock', '.status']: (tmp_path/path).parent.mkdir(parents=True, exist_ok=True); (tmp_path/path).write_text('')
+    assert sorted(manifest(tmp_path)) == listed
+
+
+def test_two_writers_of_the_same_file_do_not_meet(tmp_path, monkeypatch):
+    from edgenb.core import write_atomic
+    real, once = os.replace, [True]
+    def replace(source, target):
+        if once: once.clear(); write_atomic(tmp_path/'x', 'another thread')
+        real(source, target)
+    monkeypatch.setattr(os, 'replace', replace)
+    write_atomic(tmp_path/'x', 'mine')
+    assert (tmp_path/'x').read_text() == 'mine' and not list(tmp_path.glob('.*'))
+
+
+def test_a_kernels_end_is_no_error_in_a_sweeps_lines():
+    import logging
+    from edgenb.kernels import _worth_saying
+    record = lambda text, error=None: logging.LogRecord('IPKernelApp', logging.ERROR, '', 0, text, (), (type(error), error, None) if error else None)
+    assert not _worth_saying(record('KeyboardInterrupt caught in kernel.')) and not _worth_saying(record('Uncaught exception in zmqstream callback', KeyboardInterrupt()))
+    assert _worth_saying(record('Uncaught exception in zmqstream callback', ValueError())) and _worth_saying(record('anything else'))
