@@ -10,7 +10,7 @@ __all__ = ['ARTIFACT', 'AXES', 'COLOURS', 'PAGE', 'table', 'flat', 'with_columns
 import contextlib, csv, html, io, json, os, re
 from pathlib import Path
 from .core import EdgenbError, Run, did_you_mean, write_atomic
-from .mill import COLUMNS, found_by, ledger, text_table, values_of
+from .mill import COLUMNS, found_by, ledger, ledger_table, text_table, values_of
 
 # %% ../nbs/66_ledger.ipynb #1cfcceda
 ARTIFACT = ('artifact', 'runtime', 'precision', 'device', 'metric', 'value', 'low', 'high', 'delta', 'delta_low', 'delta_high', 'p50_ms', 'p95_ms', 'p99_ms', 'size_mb', 'rss_mb', 'verdict', 'reason')
@@ -82,7 +82,7 @@ def ask(rows: list, where: str | None = None, sort: str | None = None   # a colu
 def as_text(rows: list, columns: list | None = None) -> str:
     "An aligned table."
     columns = list(columns or COLUMNS)
-    return text_table(with_columns(rows, columns) if columns != list(COLUMNS) else [flat(r) for r in rows], columns)
+    return text_table(with_columns(rows, columns), columns) if columns != list(COLUMNS) else ledger_table([flat(r) for r in rows])
 
 # %% ../nbs/66_ledger.ipynb #e6de381f
 def _varied(rows):
@@ -109,7 +109,7 @@ def pareto_figure(rows: list,        # of one metric
     rows = [flat(r) for r in rows if r.get('value') is not None]
     metric, parts = rows[0].get('metric') or 'value', []
     bar = lambda r, end: 0 if r.get(end) is None else abs(r[end] - r['value'])
-    told = lambda r: '<br>'.join(html.escape(f'{k}: {_cell(r[k])}') for k in ('run', 'artifact', *names, 'verdict', 'data') if r.get(k) not in (None, ''))
+    told = lambda r: '<br>'.join(html.escape(f'{k}: {_cell(r[k])}') for k in ('run', 'artifact', *names, 'verdict', 'data', 'note') if r.get(k) not in (None, ''))
     figure = go.Figure(layout=dict(template='plotly_white', height=520, title=title, yaxis_title=metric, legend_title='verdict'))
     for cost in AXES:
         some = [r for r in rows if r.get(cost) is not None]
@@ -117,7 +117,7 @@ def pareto_figure(rows: list,        # of one metric
         for verdict in dict.fromkeys(r.get('verdict') or 'not judged' for r in some):
             marks = [r for r in some if (r.get('verdict') or 'not judged') == verdict]
             figure.add_scatter(x=[r[cost] for r in marks], y=[r['value'] for r in marks], mode='markers', name=verdict, text=[told(r) for r in marks], hovertemplate='%{text}<br>%{x:.4g} · %{y:.4f}<extra></extra>', visible=cost == 'p95_ms',
-                               marker=dict(color=COLOURS.get(verdict, 'grey'), size=[8 + 14*((r.get('size_mb') or 0)/largest)**0.5 for r in marks], symbol=['circle' if r.get('data') == 'real' else 'circle-open' for r in marks], line=dict(width=2)),
+                               marker=dict(color=COLOURS.get(verdict, 'grey'), size=[8 + 14*((r.get('size_mb') or 0)/largest)**0.5 for r in marks], symbol=['circle' if r.get('data') == 'real' and not r.get('note') else 'circle-open' for r in marks], line=dict(width=2)),
                                error_y=dict(array=[bar(r, 'high') for r in marks], arrayminus=[bar(r, 'low') for r in marks], thickness=1))
         line = front([r for r in some if r.get('verdict') != 'fail'], cost)
         figure.add_scatter(x=[r[cost] for r in line], y=[r['value'] for r in line], mode='lines', line=dict(dash='dot', color='grey', shape='hv'), name='front', hoverinfo='skip', visible=cost == 'p95_ms')
@@ -157,7 +157,7 @@ def as_page(rows: list, columns: list | None = None, title: str = 'Runs') -> str
     for r in rows:
         if r.get('value') is not None: groups.setdefault((r.get('recipe'), r.get('metric')), []).append(r)
     figures = {f'plot-{n}': json.loads(pareto_figure(some, f'{recipe}: {metric}').to_json()) for n, ((recipe, metric), some) in enumerate(groups.items())}
-    unreal = [r for r in rows if r.get('data') and r['data'] != 'real']
+    unreal = [r for r in rows if r.get('data') and r['data'] != 'real' or r.get('note')]
     return PAGE.format(title=html.escape(title), lead=f"{len(rows)} rows, {sum(bool(r.get('status') == 'failed') for r in rows)} failed. A click on a heading sorts.", caption='Larger marks are larger models; the dotted line is the front of what did not fail.' if figures else '',
                        warn=f'<p class="warn">{len(unreal)} of {len(rows)} rows come from synthetic or mixed data, or from smoke runs (open marks): they say that things work, not how well.</p>' if unreal else '',
                        plots=''.join(f'<div id="{i}" class="plot"></div>' for i in figures), head=''.join(f'<th scope="col"><button type="button">{html.escape(c)}</button></th>' for c in columns),

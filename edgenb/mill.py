@@ -276,7 +276,7 @@ def summary(run: Run) -> dict:
     row = {'recipe': run.path.parent.name, 'run': run.path.name, 'path': str(run.path), 'data': '', 'reached': 'nothing', 'seconds': None, 'seed': None, 'status': record.get('status', ''), 'reason': told(record)}
     try: cards = {c.room: c for c in run.cards()}
     except EdgenbError as e: return row | {'reached': 'a damaged card', 'reason': str(e)}
-    row |= {'data': next((c.data + (', smoke run' if smoked(run) else '') for c in cards.values()), ''), 'reached': list(cards)[-1] if cards else 'nothing',
+    row |= {'data': next((c.data for c in cards.values()), ''), 'note': 'smoke run' if smoked(run) else '', 'reached': list(cards)[-1] if cards else 'nothing',
             'seconds': round(sum(c.seconds for c in cards.values()), 1) if cards else record.get('seconds'), 'seed': cards['tune'].asked.get('seed') if 'tune' in cards else None}
     try:
         if 'verify' in cards:
@@ -319,10 +319,10 @@ def text_table(rows: list, columns: list) -> str:
     widths = [max(map(len, c)) for c in zip(*table)]
     return '\n'.join('  '.join(v.ljust(w) for v, w in zip(line, widths)).rstrip() for line in table)
 
-COLUMNS = ('recipe', 'run', 'data', 'seed', 'reached', 'device', 'artifact', 'metric', 'value', 'delta', 'p95_ms', 'size_mb', 'verdict', 'overridden_gates', 'seconds', 'reason')
+COLUMNS = ('recipe', 'run', 'data', 'note', 'seed', 'reached', 'device', 'artifact', 'metric', 'value', 'delta', 'p95_ms', 'size_mb', 'verdict', 'overridden_gates', 'seconds', 'reason')
 
 def ledger_table(rows: list, columns: tuple = COLUMNS) -> str:
     "The ledger as aligned text; long reasons are cut, and where a run has not ended well it says so."
-    short = [r | {'reason': r['reason'][:77] + '...'} if len(r.get('reason') or '') > 80 else r for r in rows]
+    short = [r | {'reason': r['reason'][:157] + '...'} if len(r.get('reason') or '') > 160 else r for r in rows]
     unfinished = any(r.get('status') not in ('done', '', None) for r in rows) and 'status' not in columns
     return text_table(short, [*columns[:2], *(['status'] if unfinished else []), *columns[2:]])
