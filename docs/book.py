@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT/'docs')]
-from pages import directives, not_run, page, relink, text_of  # noqa: E402
+from pages import not_run, page, relink, text_of  # noqa: E402
 
 TIMEOUT = 1800           # seconds a cell of a chapter may take
 stopped, running = threading.Event(), set()   # the build was interrupted; clients whose kernels are at work

@@ -2,7 +2,7 @@
 
 Every public name has a docstring; every parameter of a public function or method has a type, a comment beside it, or stands in backticks in the docstring.
 """
-import ast, io, re, sys, tokenize
+import ast, io, sys, tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,7 @@ __all__ = ['MOVED', 'SIGNS', 'rejudged', 'hops_table', 'steps', 'budget', 'flipp
 # %% ../nbs/74_bench.ipynb #f5a227bf
 import html, math
 import numpy as np
-from .choice import choose, front_figure, pareto
+from .choice import choose, front_figure
 from .core import EdgenbError
 from .panel import Panel, as_html, figure_html, table
 from .triage import as_run, sheet_of

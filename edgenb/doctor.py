@@ -6,8 +6,8 @@
 __all__ = ['PURPOSES', 'purpose', 'Part', 'needed', 'install_command', 'parts', 'machine_facts', 'doctor_text']
 
 # %% ../nbs/56_doctor.ipynb #6d958925
-import importlib.metadata, json, os, platform, re, shutil, sys
-from dataclasses import asdict, dataclass
+import importlib.metadata, json, os, platform, shutil, sys
+from dataclasses import dataclass
 from pathlib import Path
 from .core import EdgenbError, settings
 

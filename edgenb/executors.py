@@ -7,7 +7,7 @@ __all__ = ['BLOCK', 'EXECUTORS', 'Job', 'finished', 'do', 'failure', 'local', 'l
            'code_of_edgenb', 'about_worker', 'sees', 'halt', 'work', 'forget', 'block', 'receive', 'dask', 'executor']
 
 # %% ../nbs/65_executors.ipynb #dc25b155
-import concurrent.futures, contextlib, functools, importlib.metadata, json, os, platform, shutil, sys, tempfile, threading
+import concurrent.futures, contextlib, functools, importlib.metadata, os, platform, shutil, sys, tempfile, threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 import edgenb

@@ -6,13 +6,12 @@
 __all__ = ['DASHES', 'drift_figure', 'drift', 'gallery']
 
 # %% ../nbs/75_field.ipynb #5685de84
-import html, json
+import html
 from pathlib import Path
-import numpy as np
 from .core import EdgenbError
 from .data import load_examples
 from .panel import Panel, figure_html, table
-from .triage import Desk, Item, as_run, content_html, decided_html, desk_widget, from_here, sheet_of
+from .triage import Desk, Item, _nothing, as_run, content_html, decided_html, desk_widget, from_here, sheet_of
 
 # %% ../nbs/75_field.ipynb #ba8db586
 DASHES = ('solid', 'dash', 'dot')
@@ -80,6 +79,4 @@ def gallery(run,                 # a Run in which `learn` was entered, or its pa
     panel = Panel('gallery', paper, widget, said, desk)
     return panel
 
-def _nothing():
-    import ipywidgets as w
-    return w.HTML('<p role="status">There is nothing to decide.</p>')
+

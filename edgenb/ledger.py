@@ -9,7 +9,7 @@ __all__ = ['ARTIFACT', 'AXES', 'COLOURS', 'PAGE', 'table', 'flat', 'with_columns
 # %% ../nbs/66_ledger.ipynb #2657b0ec
 import contextlib, csv, html, io, json, os, re
 from pathlib import Path
-from .core import EdgenbError, Run, did_you_mean, write_atomic
+from .core import EdgenbError, Run, did_you_mean
 from .mill import COLUMNS, found_by, ledger, ledger_table, text_table, values_of
 
 # %% ../nbs/66_ledger.ipynb #1cfcceda

@@ -7,7 +7,7 @@ __all__ = ['work_of', 'goes_on', 'progress_of', 'stop', 'training_figure', 'hist
            'tune_live']
 
 # %% ../nbs/73_training.ipynb #11230353
-import html, json, os, threading, time
+import html, json, threading, time
 from pathlib import Path
 from .core import Card, EdgenbError, Run
 from .panel import STYLE, Panel, as_html, figure_html, history_figure, is_live, table

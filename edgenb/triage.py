@@ -224,7 +224,6 @@ def coverage(run,             # a Run in which `data` was entered, or its path
              images: int = 16  # shown of a class
             ) -> Panel:
     "How many examples each class has in each split, the gates, and some images of a class."
-    from edgenb.certificate import certificate_table
     run = as_run(run)
     card, examples = run.card('data'), examples_of(run, 'all')
     classes, splits = card.result['classes'], list(card.result['splits'])

@@ -103,7 +103,6 @@ KERNEL = {'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'languag
 def judged_run(folder):
     "A run with two suspicious labels and two artifacts, made up without a model."
     import numpy as np
-    from PIL import Image
     from edgenb.core import Card, digest
     from edgenb.data import Example, save_examples
     from conftest import toy_image

@@ -1,7 +1,6 @@
 "The panels, recipes of one's own, and what people decide in them: without a browser."
 import json, os, subprocess, sys, threading, time
 from pathlib import Path
-import numpy as np
 import pytest
 
 root = Path(__file__).parents[1]

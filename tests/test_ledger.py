@@ -1,9 +1,8 @@
 "The table of all runs: asked, drawn, exported; runs of other versions in it."
 import csv, io, json, re, shutil
-from pathlib import Path
 import pytest
 from edgenb.core import EdgenbError, Run, digest_of
-from edgenb.ledger import as_page, as_text, ask, front, pareto_figure, table, to_mlflow
+from edgenb.ledger import ask, front, pareto_figure, table, to_mlflow
 from edgenb.mill import summary
 from test_mill import call, notebook, refused
 

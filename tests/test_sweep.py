@@ -1,12 +1,12 @@
 "Sweeps: planned, killed, gone on with, searched, on a cluster."
-import collections, json, os, random, signal, subprocess, sys, time
+import collections, json, os, random, signal, subprocess, time
 from pathlib import Path
 import pytest
-from hypothesis import given, settings as how, strategies as st
+from hypothesis import given, strategies as st
 from edgenb.core import EdgenbError
 from edgenb.mill import Parameter, record_of
 from edgenb.sweep import axis, plan_sweep, standing, sweep
-from test_mill import call, edgenb, notebook, refused, root
+from test_mill import call, edgenb, notebook, refused
 
 ROOMS = '''import os, time
 from edgenb.core import room
