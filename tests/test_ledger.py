@@ -4,7 +4,7 @@ import pytest
 from edgenb.core import EdgenbError, Run, digest_of
 from edgenb.ledger import ask, front, pareto_figure, table, to_mlflow
 from edgenb.mill import summary
-from test_mill import call, notebook, refused
+from test_mill import call, refused
 
 
 @pytest.fixture
