@@ -2,7 +2,7 @@
 import contextlib, json, os, re, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import TimeoutError, expect
 
 root = Path(__file__).parents[1]
 chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
@@ -38,7 +38,12 @@ def lab(tmp_path, tmp_path_factory):
 
 def run_all_cells(page, begun: str):
     "Run the notebook that is open, and see it begin: `begun` is a selector of what its cells show. JupyterLab's own promise is not waited for: it was seen never to be kept, and nothing would have ended that wait."
-    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status=='idle'", timeout=120_000)
+    idle = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status=='idle'"
+    for last in (False, False, True):     # a page was once seen that never heard of its kernel: it is loaded again, as a reader would
+        try: page.wait_for_function(idle, timeout=60_000); break
+        except TimeoutError:
+            if last: raise
+            page.reload()
     for last in (False, False, True):
         page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
         try: return expect(page.locator(begun).first).to_be_visible(timeout=60_000)
