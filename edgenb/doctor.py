@@ -13,7 +13,7 @@ from .core import EdgenbError, settings
 
 # %% ../nbs/56_doctor.ipynb #f39d9eb6
 PURPOSES = {   # extra -> what it adds, in the order in which somebody needs it; '' is the base
-    '': 'edgenb predict, fit, doctor: decide with a bundle, on a device',
+    '': 'edgenb predict, fit, agent, doctor: decide with a bundle and take updates, on a device',
     'onnxruntime': 'bundles for ONNX Runtime',
     'tokenizers': 'bundles whose encoder reads notes',
     'lab': 'all eight rooms, for images and sensors; JupyterLab, batches',
@@ -21,6 +21,8 @@ PURPOSES = {   # extra -> what it adds, in the order in which somebody needs it;
     'search': 'beside lab: edgenb sweep --search',
     'dask': 'beside lab: sweeps on a cluster, edgenb sweep --scheduler',
     'mlflow': 'beside lab: edgenb compare --mlflow',
+    'mqtt': 'telemetry of a fleet over MQTT',
+    'oci': 'the registry of models as an OCI layout',
     'docs': 'beside lab: build the book, make docs',
     'qlora': 'beside text: tune with a 4-bit base model'}
 
