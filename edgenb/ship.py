@@ -63,7 +63,7 @@ def check_bundle(path: str | Path) -> dict:   # the manifest
     if text != json_text(manifest) or digest_of({k: v for k, v in manifest.items() if k != 'digest'}) != manifest.get('digest'): raise damaged('was changed after the bundle was made')
     model = manifest.get('model')
     if not (isinstance(manifest.get('runtime'), str) and isinstance(model, str) and {'pipeline.json', 'reference.sketch'} <= set(files) and any(f == model or f.startswith(f'{model}/') for f in files)): raise damaged('does not say what to run')
-    present = {p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file()} - {'manifest.json'}
+    present = {p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file()} - {'manifest.json', 'signature.dsse.json'}   # which edgenb.fleet.keys adds and checks
     if odd := sorted(present ^ set(files)): raise EdgenbError(f"{path}: {odd[0]} is {'missing' if odd[0] in files else 'not part of the bundle'}: copy the bundle again")
     for name, sha in files.items():
         if digest(path/name) != sha: raise EdgenbError(f'{path}/{name} was changed after the bundle was made (its digest differs): refused; copy the bundle again')
