@@ -8,7 +8,7 @@ to the disk, rename, force the folder to the disk. A slot is never changed while
     blobs/        fetched, by SHA-256           slots/a, b    a bundle each
     status.json   what the agent is doing (lost with the power, and it does not matter)
 """
-import contextlib, errno, fcntl, json, os, shutil, stat
+import contextlib, fcntl, json, os, shutil, stat
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from edgenb.core import EdgenbError, FILE_ADVICE, digest, json_text
@@ -47,9 +47,9 @@ class Held:
     digest: str             # of the bundle's manifest
     name: str = ''
     version: int = 0
+    campaign: str = ''      # that brought it
     proven: bool = False    # it has passed the health check on this device
     good: bool = False      # it has passed its trial as well
-    unproven_reason: str = ''   # why it lost `good`, in words
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Store:
         self.disk.rename(temporary, path)
         self.disk.sync_folder(path.parent)
 
-    def lock(self, pid: bool = True):
+    def lock(self):
         "Hold the folder for this process; the operating system lets go when the process ends. EdgenbError if another one holds it."
         self._lock = open(self.root/'lock', 'a+')
         try: fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
