@@ -28,7 +28,7 @@ class State:
 
 STATES = {
     'START':     State('reads the journal and loads the slot in use',                        300,    'TRIAL', 'IDLE',     'ROLL_BACK', 'ROLL_BACK'),
-    'IDLE':      State('serves, and waits for the next look at the repository',              7*86400, 'CHECK', 'START',   'CHECK',     'CHECK'),
+    'IDLE':      State('serves, and waits for the next look at the repository',              7*86400, 'CHECK', 'START',   'ROLL_BACK', 'CHECK'),
     'CHECK':     State('refreshes the signed metadata and reads what the campaigns ask',     600,    'FETCH', 'IDLE',     'BACK_OFF',  'BACK_OFF'),
     'FETCH':     State('fetches the blobs that are missing, goes on where it was broken off', 4*3600, 'STAGE', 'IDLE',    'BACK_OFF',  'BACK_OFF'),
     'STAGE':     State('puts the new bundle together in the other slot and checks every file', 3600, 'PROVE', 'IDLE',     'BACK_OFF',  'BACK_OFF'),
@@ -143,6 +143,7 @@ class Machine:
 
     def rest(self) -> float:
         "Seconds until the next step is due."
+        if self.state == 'IDLE' and self._fallback() and self.server.trouble(): return 0
         if self.state in ('IDLE', 'BACK_OFF'): return 0 if self.asked or self.state == 'IDLE' and self._unserved() else max(0.0, self.due - self.steady())
         return 1.0 if self.state == 'TRIAL' and self.trial_began is not None else 0.0
 
@@ -215,6 +216,7 @@ class Machine:
     def _idle(self, deadline):
         if self._unserved(): return 'nothing', 'what the journal names is not what is served'
         if not self.journal.trial: self._settle()
+        if self._fallback() and (why := self.server.trouble()): return 'failure', f'release {self.journal.serving().digest[:12]}… in use: {why}'
         if not self.asked and self.steady() < self.due: return 'wait', self.why
         self.asked = False
         if self.device.connect and not self._stick() and not is_open(self.device.connect, self._local()):
@@ -237,6 +239,7 @@ class Machine:
         if (serial, view.root, plan) != (self.journal.serial, self.journal.root, self.journal.plan) or floor - self.journal.floor > 3600:   # not at every look: flash wears out
             self.save(serial=serial, root=view.root, floor=floor, plan=plan)
         self.decision, self.view, self.checked, self.failures = decision, view, self.steady(), 0
+        if not self.journal.trial: self.server.fresh()
         if decision.release is None:
             self._tidy()
             return 'nothing', decision.why
@@ -362,7 +365,8 @@ class Machine:
         other = self.journal.other()
         held, back = self.journal.held(other), self.journal.active if self.journal.serving() and self.journal.serving().good else ''
         if held is None or not self._ready(other, held.digest): raise EdgenbError(f'slot {other} holds nothing that could serve')
-        self.save(active=other, trial=True, back=back, starts=0)
+        t = self.journal.tries.get(held.digest)
+        self.save(active=other, trial=True, back=back, starts=0, tries=self.journal.tries | ({held.digest: t | {'reason': 'it took the agent down on trial'}} if t else {}))
         self.trial_began, self.settled = None, False
         deadline.check()
         self.server.serve(self.store.slot(other), held.digest, self.need_mb)
