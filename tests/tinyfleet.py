@@ -79,11 +79,11 @@ class Plant:
         file.parent.mkdir(parents=True, exist_ok=True); file.write_bytes(data)
         return info
 
-    def release(self, bundle: Path, version: int = 1, deltas=(), **change) -> str:   # digest
+    def release(self, folder: Path, number: int = 1, **change) -> str:   # digest
         "Add a release; `change` replaces fields of its document."
-        manifest = json.loads((bundle/'manifest.json').read_text())
-        files = chunk_files(bundle, self.path/'blobs')
-        doc = {'edgenb_release': 1, 'bundle': manifest['digest'], 'name': manifest['name'], 'version': version, 'agent': '0.1.0', 'total_bytes': sum(f['length'] for f in files), 'chunk_bytes': 1 << 20, 'files': files, 'deltas': list(deltas)} | change
+        manifest = json.loads((folder/'manifest.json').read_text())
+        files = chunk_files(folder, self.path/'blobs')
+        doc = {'edgenb_release': 1, 'bundle': manifest['digest'], 'name': manifest['name'], 'version': number, 'agent': '0.1.0', 'total_bytes': sum(f['length'] for f in files), 'chunk_bytes': 1 << 20, 'files': files, 'deltas': []} | change
         self.releases[manifest['digest']] = doc
         return manifest['digest']
 

@@ -28,7 +28,7 @@ class State:
 
 STATES = {
     'START':     State('reads the journal and loads the slot in use',                        300,    'TRIAL', 'IDLE',     'ROLL_BACK', 'ROLL_BACK'),
-    'IDLE':      State('serves, and waits for the next look at the repository',              7*86400, 'CHECK', 'START',   'ROLL_BACK', 'CHECK'),
+    'IDLE':      State('serves, and waits for the next look at the repository',              7*86400, 'CHECK', 'START',   'CHECK',     'CHECK'),
     'CHECK':     State('refreshes the signed metadata and reads what the campaigns ask',     600,    'FETCH', 'IDLE',     'BACK_OFF',  'BACK_OFF'),
     'FETCH':     State('fetches the blobs that are missing, goes on where it was broken off', 4*3600, 'STAGE', 'IDLE',    'BACK_OFF',  'BACK_OFF'),
     'STAGE':     State('puts the new bundle together in the other slot and checks every file', 3600, 'PROVE', 'IDLE',     'BACK_OFF',  'BACK_OFF'),
@@ -112,7 +112,7 @@ class Machine:
                  observe=lambda name, value: None):
         self.store, self.device, self.root, self.server = store, device, root, server or Nobody()
         self.prover, self.source, self.clock, self.steady, self.stopped, self.observe = prove, source, clock, steady, stopped, observe
-        self.state, self.why, self.since = 'START', 'the agent starts', clock()
+        self.state, self.before, self.why, self.since, self.entered = 'START', '', 'the agent starts', clock(), steady()
         self.journal, self.failures, self.due = Journal(), 0, 0.0
         self.decision: Decision | None = None
         self.plan = self.view = self.release = None
@@ -136,14 +136,14 @@ class Machine:
         return self.state
 
     def go(self, state: str, why: str):
-        self.state, self.why, self.since = state, why, self.clock()
+        self.before, self.state, self.why, self.since = self.state, state, why, self.clock()
         self.entered = self.steady()
         self.due = self.entered + (self._pause() if state == 'BACK_OFF' else self._until_poll() if state == 'IDLE' else 0)
         self.tell()
 
     def rest(self) -> float:
         "Seconds until the next step is due."
-        if self.state == 'IDLE' and self._fallback() and self.server.trouble(): return 0
+        if self.state == 'IDLE' and self._doubtful(): return 0
         if self.state in ('IDLE', 'BACK_OFF'): return 0 if self.asked or self.state == 'IDLE' and self._unserved() else max(0.0, self.due - self.steady())
         return 1.0 if self.state == 'TRIAL' and self.trial_began is not None else 0.0
 
@@ -194,6 +194,7 @@ class Machine:
         self.trial_began = None
         held, active = self.journal.serving(), self.journal.active
         if held is None: return 'nothing', 'no model is installed yet'
+        if why := self._doubtful(): return 'failure', f'release {held.digest[:12]}… in use: {why}'
         limit = max(1, self.device.tries) if self.journal.trial else STARTS
         if self.journal.starts > limit and self._fallback(): return 'failure', f'the agent ended {self.journal.starts - 1} times before release {held.digest[:12]}… had served for {SETTLED_S} s'
         if self.store.holds(active) is None: return 'failure', f'slot {active} is damaged: its files are not what the manifest says'
@@ -207,16 +208,20 @@ class Machine:
         held = self.journal.held(other) if other else None
         return other if held and held.good and other != self.journal.active else ''
 
+    def _doubtful(self) -> str:
+        "What speaks against a model that is in use, where another one could take over."
+        return self.server.trouble() if self.started and not self.journal.trial and self._served() and self._fallback() else ''
+
     def _settle(self):
         "A model that has served for a while has not taken the process down."
         if not self.settled and self._served() and self.journal.starts and self.steady() - self.entered >= SETTLED_S:
             self.settled = True
-            self.save(starts=0)
+            with contextlib.suppress(OSError): self.save(starts=0)
 
     def _idle(self, deadline):
         if self._unserved(): return 'nothing', 'what the journal names is not what is served'
         if not self.journal.trial: self._settle()
-        if self._fallback() and (why := self.server.trouble()): return 'failure', f'release {self.journal.serving().digest[:12]}… in use: {why}'
+        if self._doubtful(): return 'nothing', 'the model in use fails'
         if not self.asked and self.steady() < self.due: return 'wait', self.why
         self.asked = False
         if self.device.connect and not self._stick() and not is_open(self.device.connect, self._local()):
@@ -397,20 +402,20 @@ class Machine:
 
     def _roll_back(self, deadline):
         why, held, active = self.why, self.journal.serving(), self.journal.active
+        if self.before == 'SWITCH' and not self.journal.trial: return 'success', f'{why}; nothing was switched'
         to = self._fallback()
         if held is None: return 'success', why
         whole = self.store.holds(active) is not None
         if not to and not self.journal.trial and whole: return 'success', f'{why}; there is no other slot to go back to, it is tried again'
-        if whole:   # then it is the model's fault; one that was committed has had all its chances
+        if to: self.server.serve(self.store.slot(to), self.journal.held(to).digest)   # first: if that fails too, it is not the model's fault
+        if whole:   # one that was committed has had all its chances
             if held.digest not in self.journal.tries: self._count(held.digest, held.campaign, why)
             self._reason(held.digest, why, final=not self.journal.trial)
-        slots = dict(self.journal.slots)
-        if whole: slots[active] = replace(held, good=False, proven=False)
-        else: del slots[active]                     # damaged: fetched again
+        slots = {s: h for s, h in self.journal.slots.items() if s != active} | ({active: replace(held, good=False, proven=False)} if whole else {})   # damaged: fetched again
         self.save(active=to, slots=slots, trial=False, back='', starts=0, plan=None)
         self.trial_began, self.settled = None, False
+        self.server.fresh()
         if not to: self.server.drop(why); return 'success', f'{why}; there is nothing to go back to, nothing is served'
-        if not self._served(): self.server.serve(self.store.slot(to), self.journal.serving().digest)
         return 'success', f'{why}; back on {self.journal.serving().digest[:12]}… in slot {to}'
 
     def _back_off(self, deadline):
