@@ -203,16 +203,18 @@ def _record(kind, parts, frame) -> bytes: return RECORD.pack(kind, len(parts), l
 
 def make_record(data: bytes, f, parts: list, size: int) -> bytes:
     "The smallest record that makes a chunk from the old file `f` of `size` bytes."
-    best = _record(ALONE, [], deflate(data))
+    found = []
     if any(where >= 0 for _, where in parts) and len(parts) < 2**15:
         rest = np.frombuffer(data, np.uint8) - _old_bytes(f, parts)
-        best = min(best, _record(LESS, parts, deflate(rest.tobytes()) if rest.any() else b''), key=len)
-    if len(best) > len(data)//2 and size:   # rarely worth the work elsewhere
+        found = [_record(LESS, parts, deflate(rest.tobytes()) if rest.any() else b'')]
+        if len(found[0]) < len(data)//2: return found[0]   # the others are rarely worth the work then
+    found.append(_record(ALONE, [], deflate(data)))
+    if size:
         centre = next((where for _, where in parts if where >= 0), 0)
         n = min(NEIGHBOURHOOD, size)
         start = max(0, min(centre - n//2, size - n))
-        best = min(best, _record(NEAR, [(n, start)], deflate(data, _read(f, start, n))), key=len)
-    return best
+        found.append(_record(NEAR, [(n, start)], deflate(data, _read(f, start, n))))
+    return min(found, key=len)
 
 def records(blob: bytes, chunks: int) -> list:   # of (kind, spans, frame)
     "Take a blob apart; `EdgenbError` if it is not that many records."
