@@ -287,8 +287,9 @@ def make_delta(old: str | Path, new: str | Path,   # bundles
         size = sum(p['length'] for p in packs)
         if size < sum(c['stored_length'] for c in f['chunks']): found.append({'path': f['path'], 'sha256': f['sha256'], 'from_path': source, 'from_sha256': before[source][0], 'length': size, 'blobs': packs})
     if not found: return None
-    manifest = json.loads((old/'manifest.json').read_text(encoding='utf-8')) if (old/'manifest.json').is_file() else {}
-    return {'from': manifest.get('digest', ''), 'kind': 'delta', 'bytes': sum(f['length'] for f in found), 'files': found}
+    try: was = json.loads((old/'manifest.json').read_text(encoding='utf-8'))['digest']
+    except (OSError, ValueError, KeyError, TypeError): was = digest(old)   # no bundle, but a folder all the same
+    return {'from': was, 'kind': 'delta', 'bytes': sum(f['length'] for f in found), 'files': found}
 
 # %% ../../nbs/fleet/delta.ipynb #948dccbd
 @dataclass(frozen=True)
