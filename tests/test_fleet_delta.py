@@ -190,6 +190,13 @@ def test_a_bad_sector_of_the_old_slot_costs_one_mebibyte_and_nothing_else(pair, 
     assert tree(tmp_path/'slot') == tree(new) and source.bytes == p.bytes + files['model.tflite']['chunks'][2]['stored_length'] + files['golden/0.png']['chunks'][0]['stored_length']
 
 
+def test_an_old_slot_that_is_gone_meanwhile_is_done_without(pair, tmp_path):
+    old, new, release, blobs = pair
+    p = plan(release, slot_files(old))
+    shutil.rmtree(old)
+    assert tree(assemble(p, from_folder(blobs), tmp_path/'slot')) == tree(new)
+
+
 def test_a_blob_damaged_once_is_fetched_again_and_a_difference_damaged_for_good_is_made_up_for_in_full(pair, tmp_path):
     old, new, release, blobs = pair
     p, source = plan(release, slot_files(old)), Counted(blobs)

@@ -190,8 +190,10 @@ RECORD = struct.Struct('<BHI')    # which of them, spans, length of the frame
 NEIGHBOURHOOD = 8*CHUNK           # of the old file, as a dictionary
 
 def _read(f, at, n) -> bytes:
-    f.seek(at)
-    data = f.read(n)
+    try:
+        f.seek(at)
+        data = f.read(n)
+    except (OSError, OverflowError) as e: raise EdgenbError(f'{f.name} cannot be read at {at:,}: {e}') from None
     if len(data) != n: raise EdgenbError(f'{f.name} has no {n:,} bytes at {at:,}')
     return data
 
@@ -415,12 +417,14 @@ def _made(step: Step, get, first: int):
         return data
     def checked(c, make):
         try: data = make()
-        except (EdgenbError, OSError): return whole(c)   # a bad sector, or a difference that does not fit
+        except EdgenbError: return whole(c)   # a bad sector, or a difference that does not fit
         return data if hashlib.sha256(data).hexdigest() == c.sha256 else whole(c)
-    if step.how == 'full':
+    try: old = None if step.how == 'full' else open(step.source, 'rb')
+    except OSError: old = None
+    if old is None:
         for c in step.chunks[first:]: yield whole(c)
         return
-    with open(step.source, 'rb') as f:
+    with old as f:
         if step.how == 'kept':
             for n, c in enumerate(step.chunks[first:], first): yield checked(c, lambda n=n, c=c: _read(f, n*CHUNK, c.length))
             return
