@@ -190,8 +190,10 @@ RECORD = struct.Struct('<BHI')    # which of them, spans, length of the frame
 NEIGHBOURHOOD = 8*CHUNK           # of the old file, as a dictionary
 
 def _read(f, at, n) -> bytes:
-    f.seek(at)
-    data = f.read(n)
+    try:
+        f.seek(at)
+        data = f.read(n)
+    except (OSError, OverflowError) as e: raise EdgenbError(f'{f.name} cannot be read at {at:,}: {e}') from None
     if len(data) != n: raise EdgenbError(f'{f.name} has no {n:,} bytes at {at:,}')
     return data
 
@@ -203,16 +205,18 @@ def _record(kind, parts, frame) -> bytes: return RECORD.pack(kind, len(parts), l
 
 def make_record(data: bytes, f, parts: list, size: int) -> bytes:
     "The smallest record that makes a chunk from the old file `f` of `size` bytes."
-    best = _record(ALONE, [], deflate(data))
+    found = []
     if any(where >= 0 for _, where in parts) and len(parts) < 2**15:
         rest = np.frombuffer(data, np.uint8) - _old_bytes(f, parts)
-        best = min(best, _record(LESS, parts, deflate(rest.tobytes()) if rest.any() else b''), key=len)
-    if len(best) > len(data)//2 and size:   # rarely worth the work elsewhere
+        found = [_record(LESS, parts, deflate(rest.tobytes()) if rest.any() else b'')]
+        if len(found[0]) < len(data)//2: return found[0]   # the others are rarely worth the work then
+    found.append(_record(ALONE, [], deflate(data)))
+    if size:
         centre = next((where for _, where in parts if where >= 0), 0)
         n = min(NEIGHBOURHOOD, size)
         start = max(0, min(centre - n//2, size - n))
-        best = min(best, _record(NEAR, [(n, start)], deflate(data, _read(f, start, n))), key=len)
-    return best
+        found.append(_record(NEAR, [(n, start)], deflate(data, _read(f, start, n))))
+    return min(found, key=len)
 
 def records(blob: bytes, chunks: int) -> list:   # of (kind, spans, frame)
     "Take a blob apart; `EdgenbError` if it is not that many records."
@@ -285,8 +289,9 @@ def make_delta(old: str | Path, new: str | Path,   # bundles
         size = sum(p['length'] for p in packs)
         if size < sum(c['stored_length'] for c in f['chunks']): found.append({'path': f['path'], 'sha256': f['sha256'], 'from_path': source, 'from_sha256': before[source][0], 'length': size, 'blobs': packs})
     if not found: return None
-    manifest = json.loads((old/'manifest.json').read_text(encoding='utf-8')) if (old/'manifest.json').is_file() else {}
-    return {'from': manifest.get('digest', ''), 'kind': 'delta', 'bytes': sum(f['length'] for f in found), 'files': found}
+    try: was = json.loads((old/'manifest.json').read_text(encoding='utf-8'))['digest']
+    except (OSError, ValueError, KeyError, TypeError): was = digest(old)   # no bundle, but a folder all the same
+    return {'from': was, 'kind': 'delta', 'bytes': sum(f['length'] for f in found), 'files': found}
 
 # %% ../../nbs/fleet/delta.ipynb #948dccbd
 @dataclass(frozen=True)
@@ -412,12 +417,14 @@ def _made(step: Step, get, first: int):
         return data
     def checked(c, make):
         try: data = make()
-        except (EdgenbError, OSError): return whole(c)   # a bad sector, or a difference that does not fit
+        except EdgenbError: return whole(c)   # a bad sector, or a difference that does not fit
         return data if hashlib.sha256(data).hexdigest() == c.sha256 else whole(c)
-    if step.how == 'full':
+    try: old = None if step.how == 'full' else open(step.source, 'rb')
+    except OSError: old = None
+    if old is None:
         for c in step.chunks[first:]: yield whole(c)
         return
-    with open(step.source, 'rb') as f:
+    with old as f:
         if step.how == 'kept':
             for n, c in enumerate(step.chunks[first:], first): yield checked(c, lambda n=n, c=c: _read(f, n*CHUNK, c.length))
             return
