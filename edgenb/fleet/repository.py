@@ -24,7 +24,7 @@ def store_blob(blobs: Path, data: bytes) -> str:   # its sha256
     "Put bytes under their own digest; what is there already is left alone."
     sha = hashlib.sha256(data).hexdigest()
     path = blobs/sha[:2]/sha
-    if not (path.is_file() and path.stat().st_size == len(data)):
+    if not (path.is_file() and digest(path) == sha):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, data)
     return sha
