@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'TOP', 'BIN', 'DOCUMENT', 'BINS', 'store_blob', 'contents', 'release_of', 'blobs_of', 'utc_now', 'parent',
-           'lasts', 'parse', 'key_name', 'Outcome', 'Repository', 'read_staged', 'sign_staged', 'merge_staged',
-           'locked', 'commit', 'write_file', 'create', 'publish', 'set_campaigns', 'refresh', 'renew']
+           'lasts', 'parse', 'key_name', 'Outcome', 'Repository', 'read_staged', 'sign_staged', 'describe_staged',
+           'merge_staged', 'locked', 'commit', 'write_file', 'create', 'publish', 'set_campaigns', 'refresh', 'renew']
 
 # %% ../../nbs/fleet/repository.ipynb #3483d16f
 import copy, datetime, hashlib, json
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from ..core import EdgenbError, digest, json_text, within, write_atomic, write_json
@@ -178,7 +178,7 @@ class Repository:
 
     def _read_staged(self):
         path = self.path/'staged.json'
-        if not path.is_file(): return {'metadata': {}, 'targets': {}, 'why': []}
+        if not path.is_file(): return {'metadata': {}, 'base': {}, 'targets': {}, 'why': []}
         staged = read_staged(path)
         staged['metadata'] = {r: m for r, m in staged['metadata'].items() if m.signed.version > self.versions.get(r, 0)}   # the rest has been published
         return staged
@@ -200,12 +200,13 @@ class Repository:
         return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
 
     def _stage(self, metadata, targets, why):
-        self.staged = {'metadata': self.staged['metadata'] | metadata, 'targets': self.staged['targets'] | targets, 'why': self.staged['why'] + [w for w in [why] if w not in self.staged['why']]}
+        self.staged = self.staged | {'metadata': self.staged['metadata'] | metadata, 'targets': self.staged['targets'] | targets, 'why': self.staged['why'] + [w for w in [why] if w not in self.staged['why']]}
         self._write_staged()
 
     def _write_staged(self):
         write_json(self.path/'staged.json', {'edgenb_staged': 1, 'why': self.staged['why'], 'keys': {r: sorted(self._keys(r)) for r in self.staged['metadata']},
-                                             'metadata': {r: m.to_dict() for r, m in self.staged['metadata'].items()}, 'targets': self.staged['targets']})
+                                             'metadata': {r: m.to_dict() for r, m in self.staged['metadata'].items()}, 'targets': self.staged['targets'],
+                                             'base': {r: self.published(r).to_dict() for r in self.staged['metadata'] if r in self.versions}})
 
     def _keys(self, role):
         "Keys that may sign for a role: by what is published, and by what is staged, so that a reader of either is satisfied."
@@ -227,12 +228,12 @@ class Repository:
         self.reload()
 
 # %% ../../nbs/fleet/repository.ipynb #63cf0d43
-def read_staged(path: Path) -> dict:   # {'metadata': role -> Metadata, 'targets': path -> text, 'why': [sentences], 'keys': role -> key ids}
+def read_staged(path: Path) -> dict:   # {'metadata': role -> Metadata, 'base': role -> what is published of it, 'targets': path -> text, 'why': [sentences], 'keys': role -> key ids}
     "A file of staged changes."
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
         if found['edgenb_staged'] != 1: raise ValueError
-        return {'metadata': {r: parse(m, path) for r, m in found['metadata'].items()}, 'targets': dict(found['targets']), 'why': list(found['why']), 'keys': dict(found['keys'])}
+        return {**{part: {r: parse(m, path) for r, m in found[part].items()} for part in ('metadata', 'base')}, 'targets': dict(found['targets']), 'why': list(found['why']), 'keys': dict(found['keys'])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError): raise EdgenbError(f'{path} is not a file of staged changes, or it is damaged: copy staged.json from the repository again') from None
 
 def sign_staged(path: str | Path, signers: list) -> list:   # (role, key name) of the signatures added
@@ -242,8 +243,32 @@ def sign_staged(path: str | Path, signers: list) -> list:   # (role, key name) o
     for role, m in staged['metadata'].items():
         for s in signers:
             if s.public_key.keyid in staged['keys'][role] and s.public_key.keyid not in m.signatures: m.sign(s, append=True); added.append((role, key_name(s.public_key)))
-    if added: write_json(path, {'edgenb_staged': 1} | staged | {'metadata': {r: m.to_dict() for r, m in staged['metadata'].items()}})
+    if added: write_json(path, {'edgenb_staged': 1} | staged | {part: {r: m.to_dict() for r, m in staged[part].items()} for part in ('metadata', 'base')})
     return added
+
+def describe_staged(path: str | Path, signers: list) -> list:   # of lines
+    "What one is asked to sign, read from the metadata itself: the sentences in the file are anybody's. What one has signed before is left out."
+    from securesystemslib.exceptions import UnverifiedSignatureError
+    staged, lines = read_staged(Path(path)), []
+    def mine(m):
+        for s in signers:
+            with suppress(UnverifiedSignatureError, KeyError): s.public_key.verify_signature(m.signatures[s.public_key.keyid], m.signed_bytes); return True
+    for role, m in staged['metadata'].items():
+        base = staged['base'][role] if role in staged['base'] and mine(staged['base'][role]) else None
+        new, old = _said(m.signed), _said(base.signed) if base else {}
+        if not any(s.public_key.keyid in staged['keys'][role] for s in signers): continue
+        lines.append(f'{role}, version {m.signed.version}, valid until {m.signed.expires:%Y-%m-%d}' + ('' if base or not new else ' (all of it: you have not signed the version before)'))
+        lines += [f'  {k}: {new[k]}' for k in new if old.get(k) != new[k]] + [f'  no longer {k}: {old[k]}' for k in old if k not in new]
+    return lines
+
+def _said(signed):
+    "What metadata of an offline role says, flat."
+    found, delegations = {}, getattr(signed, 'delegations', None)
+    for p, t in getattr(signed, 'targets', {}).items(): found[f"release {t.custom['name']}:{t.custom['version']}" if t.custom else p] = p.removeprefix('releases/').removesuffix('.json') + f", document {t.hashes['sha256']}"
+    keys = signed.keys if hasattr(signed, 'keys') else delegations.keys if delegations else {}
+    for name, r in (signed.roles.items() if hasattr(signed, 'roles') else [*((delegations.roles or {}).items()), *([('its bins', delegations.succinct_roles)] if delegations.succinct_roles else [])] if delegations else []):
+        found[f'keys of {name}'] = f"{r.threshold} of {', '.join(f'{key_name(keys[i])} ({i[:16]})' for i in r.keyids)}" + (f", for {', '.join(r.paths)}" if getattr(r, 'paths', None) else '')
+    return found
 
 def merge_staged(repository: Repository, path: str | Path):
     "Take over the signatures that a copy of staged.json has collected."
@@ -264,7 +289,7 @@ def locked(path: Path):
     finally: lock.release()
 
 def commit(repository: Repository, signers: list = ()) -> Outcome:
-    "Publish what is staged, if enough keys have signed it."
+    "Sign what is staged with the keys at hand, and publish it if enough have signed."
     with locked(repository.path):
         repository.reload()
         return _commit(repository, signers)
@@ -281,6 +306,10 @@ def _waiting(repository):
     return waiting
 
 def _commit(repository, signers):
+    staged = repository.staged['metadata']
+    before = sum(len(m.signatures) for m in staged.values())
+    for role, m in staged.items(): repository._sign(role, m, signers)
+    if sum(len(m.signatures) for m in staged.values()) > before: repository._write_staged()
     if waiting := _waiting(repository): return Outcome(False, repository.versions, waiting)
     metadata, targets = dict(repository.staged['metadata']), dict(repository.staged['targets'])
     outcome = _write_out(repository, metadata, targets, signers)
@@ -353,7 +382,7 @@ def create(path: str | Path, ring: Ring, signers: list = (), bins: int = BINS, c
     from tuf.api.metadata import Role as TufRole
     path = Path(path)
     if (path/'staged.json').exists() or (path/'metadata/1.root.json').exists(): raise EdgenbError(f'{path} is a repository already: edgenb repository check says how it stands')
-    if path.exists() and any(p.is_file() for p in path.rglob('*') if p.name != '.lock'): raise EdgenbError(f'{path} is not empty: a repository begins in a new folder')
+    if path.exists() and any(p.is_file() for p in path.rglob('*') if p.name[0] != '.'): raise EdgenbError(f'{path} is not empty: a repository begins in a new folder')
     if bins < 2 or bins & (bins - 1): raise EdgenbError(f'create: bins = {bins} must be a power of two, 2 or more')
     ids = {r: [k.keyid for k in ring.of(r)] for r in ROLES if r != 'usb'}
     limit = {r: ring.roles[r]['threshold'] for r in ids}
@@ -367,8 +396,6 @@ def create(path: str | Path, ring: Ring, signers: list = (), bins: int = BINS, c
     (path/'metadata').mkdir(parents=True, exist_ok=True)
     repository = Repository(path, clock)
     new = {'root': Metadata(root), 'targets': Metadata(targets), 'models': Metadata(models)} | {b: Metadata(Targets(expires=expires('models'))) for b in succinct.get_roles()}
-    repository.staged['metadata'] = new
-    for role, m in new.items(): repository._sign(role, m, signers)
     repository._stage(new, {}, 'create the repository')
     commit(repository, signers)
     return repository
@@ -399,10 +426,8 @@ def publish(repository: Repository,
             role = repository.newest('models').signed.delegations.succinct_roles.get_role_for_target(target.path)
             changed = repository._next(role)
             changed.signed.targets[target.path] = target
-            repository._stage({role: repository._sign(role, changed, signers)}, {target.get_prefixed_paths()[0]: text}, f"release {name}:{version}, bundle {manifest['digest']}")
-        for role, m in repository.staged['metadata'].items(): repository._sign(role, m, signers)
-        if repository.staged['metadata']: repository._write_staged(); return _commit(repository, signers)
-        return Outcome(True, repository.versions, {})
+            repository._stage({role: changed}, {target.get_prefixed_paths()[0]: text}, f"release {name}:{version}, bundle {manifest['digest']}")
+        return _commit(repository, signers) if repository.staged['metadata'] else Outcome(True, repository.versions, {})
 
 def set_campaigns(repository: Repository, document: dict, signers) -> Outcome:
     "Publish the document of campaigns. Touches campaign, snapshot and timestamp, nothing else, and waits for nobody."
@@ -432,12 +457,12 @@ def refresh(repository: Repository, signers: list) -> Outcome:
     return outcome
 
 def renew(repository: Repository, role: str, signers: list = ()) -> Outcome:
-    "Stage an offline role again, with a new expiry (`models` with all its bins), sign with the keys at hand, and publish when all have signed."
+    "Stage an offline role again, with a new expiry (`models` with all its bins); sign, and publish when enough have signed."
     if role not in ('root', 'targets', 'models'): raise EdgenbError(f'renew: {role} is no offline role; there are root, targets, models (refresh renews the others)')
     with locked(repository.path):
         repository.reload()
         roles = [role, *(repository.newest('models').signed.delegations.succinct_roles.get_roles() if role == 'models' else ())]
-        repository._stage({r: repository._sign(r, repository._next(r), signers) for r in roles}, {}, f'renew {role}')
+        repository._stage({r: repository._next(r) for r in roles}, {}, f'renew {role}')
         return _commit(repository, signers)
 
 Repository.refresh, Repository.renew = refresh, renew

@@ -90,8 +90,6 @@ def rotate(repository: Repository,
         changed = {r: repository._next(r) for r in dict.fromkeys([p for p, _ in places] + again)}
         for where, named in places: _rename_keys(changed[where].signed, named, add, remove, threshold, role)
         repository._stage(changed, {}, f"new keys for {role}: {', '.join([f'+{key_name(k)}' for k in add] + [f'-{n}' for n in remove] + ([f'{threshold} must sign'] if threshold else []))}")
-        for r, m in repository.staged['metadata'].items(): repository._sign(r, m, signers)   # only now is it known whose keys count
-        repository._write_staged()
         return _commit(repository, signers)
 
 def _rename_keys(signed, named, add, remove, threshold, role):
