@@ -281,7 +281,7 @@ class Machine:
         self.store.room(p.total_bytes + sum(missing.values()), self.device.limit_mb and self.device.limit_mb*MB, self.device.reserve_mb*MB)
         for sha, n in missing.items(): self._blob(sha, n, deadline)
         self.store.disk.sync_folder(self.store.blobs)
-        return 'success', f'fetched {sum(missing.values())/MB:.2f} MB of {p.bytes/MB:.2f} ({p.kind})'
+        return 'success', f'fetched {sum(missing.values())/MB:.2f} of {p.bytes/MB:.2f} MB ({p.kind})'
 
     def _ready(self, slot, digest) -> bool:
         "A slot holds a release whole: the journal says so, and the files do."
