@@ -6,7 +6,8 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from edgenb.core import EdgenbError, digest, json_text
-from edgenb.fleet.delta import CHUNK, PART, apply_record, assemble, chunk_files, from_folder, inflate, make_delta, plan, records, release_blobs, safe_paths, slot_files, spans, store
+from edgenb.fleet.delta import CHUNK, PART, apply_record, assemble, chunk_files, from_folder, inflate, make_delta, plan, records, release_blobs, safe_paths, slot_files, store
+from edgenb.fleet.layout import layout, spans
 
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -108,6 +109,20 @@ def test_tensors_that_have_moved_are_subtracted_from_where_they_were(kind, tmp_p
     assert tree(assemble(p, from_folder(tmp_path/'blobs'), tmp_path/'slot')) == tree(new)
     cut = spans(old/f'model.{kind}', new/f'model.{kind}')
     assert sum(n for n, _ in cut) == (new/f'model.{kind}').stat().st_size and sum(where >= 0 for _, where in cut) >= 2
+
+
+def test_weights_that_onnx_keeps_in_a_file_of_their_own_are_paired_too(tmp_path):
+    import onnx
+    rng = np.random.default_rng(0)
+    def model(folder, **arrays):
+        folder.mkdir()
+        onnx.save_model(onnx.load_from_string(onnx_of(**arrays)), str(folder/'model.onnx'), save_as_external_data=True, location='weights.data', size_threshold=0)
+        return folder
+    a, b = rng.integers(-100, 100, (2, 500, 700)).astype(np.int8)
+    old, new = model(tmp_path/'old', a=a, b=b), model(tmp_path/'new', extra=a[:3], b=b + np.int8(1), a=a)
+    assert set(layout(new/'weights.data')) == {b'extra', b'b', b'a'}
+    p = plan(release_of(new, tmp_path/'blobs', old), slot_files(old))
+    assert p.bytes < 0.05*plan(release_of(new, tmp_path/'blobs')).bytes and tree(assemble(p, from_folder(tmp_path/'blobs'), tmp_path/'slot')) == tree(new)
 
 
 @quick

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DEVICES', 'PART', 'CHUNK', 'LEVEL', 'LONGEST', 'WINDOW', 'ALONE', 'LESS', 'NEAR', 'RECORD', 'NEIGHBOURHOOD',
            'MOST_FILES', 'safe_path', 'safe_paths', 'deflate', 'inflate', 'store', 'from_folder', 'listed',
-           'chunk_files', 'layout', 'spans', 'make_record', 'records', 'apply_record', 'make_delta', 'Chunk', 'Step',
-           'Plan', 'plan', 'slot_files', 'release_blobs', 'fetch', 'Damaged', 'write_part', 'assemble']
+           'chunk_files', 'make_record', 'records', 'apply_record', 'make_delta', 'Chunk', 'Step', 'Plan', 'plan',
+           'slot_files', 'release_blobs', 'fetch', 'Damaged', 'write_part', 'assemble']
 
 # %% ../../nbs/fleet/delta.ipynb #d00794a8
-import hashlib, json, mmap, os, re, stat, struct, unicodedata
+import hashlib, json, os, re, stat, struct, unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
@@ -106,84 +106,6 @@ def chunk_files(folder: str | Path,   # a bundle
         files.append({'path': path, 'length': sum(c['length'] for c in chunks), 'sha256': whole.hexdigest(), 'chunks': chunks})
     return files
 
-# %% ../../nbs/fleet/delta.ipynb #31daa90b
-def _varint(data, at):
-    value = shift = 0
-    while True:
-        value |= (data[at] & 127) << shift
-        at, shift = at + 1, shift + 7
-        if data[at - 1] < 128: return value, at
-        if shift > 63: raise ValueError('a number has no end')
-
-def _message(data, at, end):
-    "Fields of a protocol-buffers message: (number, first byte, byte after the last), of those with a length."
-    while at < end:
-        key, at = _varint(data, at)
-        if key & 7 == 2:
-            n, at = _varint(data, at)
-            yield key >> 3, at, at + n
-            at += n
-        elif key & 7 == 0: _, at = _varint(data, at)
-        else: at += {1: 8, 5: 4}[key & 7]
-
-def _onnx(data, location=''):
-    "Tensors inside an ONNX file, {name: (start, size)}; with `location` those that it keeps in that other file."
-    found = {}
-    for number, a, b in _message(data, 0, len(data)):
-        for field_, c, d in _message(data, a, b) if number == 7 else ():     # ModelProto.graph
-            if field_ != 5: continue                                         # GraphProto.initializer
-            parts = [*_message(data, c, d)]
-            name = next((bytes(data[e:f]) for n, e, f in parts if n == 8), b'')
-            outside = {bytes(data[pair[0][1]:pair[0][2]]): bytes(data[pair[1][1]:pair[1][2]]) for n, e, f in parts if n == 13 and len(pair := [*_message(data, e, f)]) == 2}   # TensorProto.external_data
-            if location and outside.get(b'location', b'').decode() == location: found[name] = int(outside.get(b'offset', b'0')), int(outside[b'length'])
-            elif not location: found |= {name: (e, f - e) for n, e, f in parts if n == 9}   # TensorProto.raw_data
-    return found
-
-def _safetensors(data):
-    n = int.from_bytes(data[:8], 'little')
-    return {name: (8 + n + t['data_offsets'][0], t['data_offsets'][1] - t['data_offsets'][0]) for name, t in json.loads(bytes(data[8:8 + n])).items() if name != '__metadata__'}
-
-def layout(path: str | Path) -> dict:   # name -> (start, size), bytes
-    "Where the tensors of a file are; {} for a format that is not known here."
-    path = Path(path)
-    try:
-        if path.suffix == '.gguf':
-            from edgenb.gguf import read_header
-            found = {t.name: (t.start, t.size) for t in read_header(path).tensors}
-        else:
-            with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                if path.suffix == '.safetensors': found = _safetensors(data)
-                elif path.suffix == '.onnx': found = _onnx(data)
-                else:
-                    found = {}
-                    for beside in path.parent.glob('*.onnx'):
-                        with open(beside, 'rb') as g, mmap.mmap(g.fileno(), 0, access=mmap.ACCESS_READ) as model: found |= _onnx(model, path.name)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, EdgenbError): return {}   # not what its name says: no pairing then
-    last = 0
-    for start, size in sorted(found.values()):
-        if start < last or size < 0: return {}   # tensors that share bytes
-        last = start + size
-    return found if last <= path.stat().st_size else {}
-
-def spans(old: Path, new: Path) -> list:   # of (bytes, where in the old file, -1 for nowhere), in the order of the new file
-    "Which passage of the old file corresponds to each of the new one."
-    size, before = new.stat().st_size, old.stat().st_size
-    a, b = layout(old), layout(new)
-    if not (a and b): return [(size, 0 if size == before else -1)]
-    found, at, was = [], 0, 0
-    def add(n, where):   # joined to the one before where both go on
-        if n <= 0: return
-        if found and (found[-1][1] < 0 and where < 0 or found[-1][1] >= 0 and found[-1][1] + found[-1][0] == where): found[-1] = found[-1][0] + n, found[-1][1]
-        else: found.append((n, where))
-    def between(n): add(min(n, before - was), was); add(n - max(0, min(n, before - was)), -1)
-    for name, (start, n) in sorted(b.items(), key=lambda t: t[1]):
-        between(start - at)
-        there = a.get(name)
-        add(n, there[0] if there and there[1] == n else -1)
-        at, was = start + n, there[0] + there[1] if there else before
-    between(size - at)
-    return found
-
 # %% ../../nbs/fleet/delta.ipynb #a87ed0ac
 ALONE, LESS, NEAR = range(3)      # a record: compressed alone, less the old bytes, with old bytes as the dictionary
 RECORD = struct.Struct('<BHI')    # which of them, spans, length of the frame
@@ -254,6 +176,7 @@ def _counterpart(path: str, length: int, before: dict):
 
 def _packed(old: Path, new: Path, chunks: list, blobs: Path) -> list:   # of {'sha256', 'length', 'chunks'}
     "Make a file's records, each tried, and pack them into blobs."
+    from edgenb.fleet.layout import spans
     todo, packs, pack = spans(old, new)[::-1], [], []
     def close():
         if pack: packs.append({'sha256': store(blobs, b''.join(pack)), 'length': sum(map(len, pack)), 'chunks': len(pack)}); pack.clear()
