@@ -6,7 +6,8 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from edgenb.core import EdgenbError, digest, json_text
-from edgenb.fleet.delta import CHUNK, PART, apply_record, assemble, chunk_files, from_folder, inflate, make_delta, plan, records, release_blobs, safe_paths, slot_files, spans, store
+from edgenb.fleet.delta import CHUNK, PART, apply_record, assemble, chunk_files, from_folder, inflate, make_delta, plan, records, release_blobs, safe_paths, slot_files, store
+from edgenb.fleet.layout import layout, spans
 
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -107,7 +108,21 @@ def test_tensors_that_have_moved_are_subtracted_from_where_they_were(kind, tmp_p
     assert p.kind == 'delta' and p.bytes < 0.3*plan(release).bytes
     assert tree(assemble(p, from_folder(tmp_path/'blobs'), tmp_path/'slot')) == tree(new)
     cut = spans(old/f'model.{kind}', new/f'model.{kind}')
-    assert sum(n for n, _ in cut) == (new/f'model.{kind}').stat().st_size and sum(where >= 0 for _, where in cut) >= 2
+    assert sum(n for n, *_ in cut) == (new/f'model.{kind}').stat().st_size and sum(where >= 0 for _, where, _ in cut) >= 2
+
+
+def test_weights_that_onnx_keeps_in_a_file_of_their_own_are_paired_too(tmp_path):
+    import onnx
+    rng = np.random.default_rng(0)
+    def model(folder, **arrays):
+        folder.mkdir()
+        onnx.save_model(onnx.load_from_string(onnx_of(**arrays)), str(folder/'model.onnx'), save_as_external_data=True, location='weights.data', size_threshold=0)
+        return folder
+    a, b = rng.integers(-100, 100, (2, 500, 700)).astype(np.int8)
+    old, new = model(tmp_path/'old', a=a, b=b), model(tmp_path/'new', extra=a[:3], b=b + np.int8(1), a=a)
+    assert set(layout(new/'weights.data')) == {b'extra', b'b', b'a'}
+    p = plan(release_of(new, tmp_path/'blobs', old), slot_files(old))
+    assert p.bytes < 0.05*plan(release_of(new, tmp_path/'blobs')).bytes and tree(assemble(p, from_folder(tmp_path/'blobs'), tmp_path/'slot')) == tree(new)
 
 
 @quick
@@ -268,7 +283,7 @@ def test_records_that_are_damaged_end_in_an_error_or_in_a_chunk_of_the_right_len
     old = np.random.default_rng(0).integers(0, 9, 3000).astype(np.uint8)
     (at/'old').write_bytes(old.tobytes())
     with open(at/'old', 'rb') as f:
-        blob = bytearray(make_record((old[:2000] + 1).astype(np.uint8).tobytes(), f, [(1000, 0), (500, -1), (500, 1500)], 3000))
+        blob = bytearray(make_record((old[:2000] + 1).astype(np.uint8).tobytes(), f, [(1000, 0, 1), (500, -1, 1), (490, 1500, 7), (10, 1990, 1)], 3000))
         for _ in range(data.draw(st.integers(1, 4))): blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))
         cut = bytes(blob[:data.draw(st.integers(0, len(blob)))])
         for b in (bytes(blob), cut):
