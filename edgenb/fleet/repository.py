@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from ..core import EdgenbError, digest, json_text, within, write_atomic, write_json
-from .keys import ROLES, Ring
+from .keys import ROLES, USB_MAY, Ring
 from ..ship import check_bundle
 
 # %% ../../nbs/fleet/repository.ipynb #00102374
@@ -217,6 +217,11 @@ class Repository:
             except ValueError: pass   # the published parent does not know the role yet
         return found
 
+    def wanted(self, *roles) -> set:   # key ids
+        "Which keys may sign for these roles ('models-' for the bins), where the role is known yet."
+        bins = {'models-': f"models-{'0'*self.newest('models').signed.delegations.succinct_roles.suffix_len}"} if 'models-' in roles else {}
+        return {k for r in roles for k in ({k for own in USB_MAY for k in self._keys(own)} if r == 'usb' else self._keys(bins.get(r, r)))}
+
     def _sign(self, role, metadata, signers):
         for s in signers:
             if s.public_key.keyid in self._keys(role): metadata.sign(s, append=True)
@@ -320,14 +325,14 @@ def _commit(repository, signers):
 def _write_out(repository, metadata, targets, signers, fresh=True):
     "Publish signed metadata: targets, metadata, snapshot, and last the timestamp, which alone makes the rest visible (TUF specification, 6.2). Staged roots come with new online signatures."
     from tuf.api.metadata import Metadata, MetaFile, Snapshot, Targets, Timestamp
-    now, view = repository.clock(), lambda role: metadata[role] if role in metadata else repository.published(role)
-    if 'campaign' not in metadata:   # signed anew where its keys changed or half its life is over
+    now, view, used = repository.clock(), lambda role: metadata[role] if role in metadata else repository.published(role), repository.reserved()
+    if 'campaign' not in metadata:   # signed anew where its keys changed, half its life is over, or a stick has a later one
         there = repository.published('campaign') if 'campaign' in repository.versions else None
-        if there is None or not repository._complete('campaign', there, view) or there.signed.expires - now < lasts('campaign')/2: metadata['campaign'], targets = _campaign(repository, there, targets)
+        if there is None or not repository._complete('campaign', there, view) or there.signed.expires - now < lasts('campaign')/2 or there.signed.version <= used.get('campaign', 0): metadata['campaign'], targets = _campaign(repository, there, targets)
     online = {'campaign': metadata['campaign']} if 'campaign' in metadata else {}
     others = {r: m for r, m in metadata.items() if r not in TOP or r == 'targets'}
     snapshot = repository.snapshot
-    if others or snapshot is None or not repository._complete('snapshot', snapshot, view) or snapshot.signed.expires - now < lasts('snapshot')/2:
+    if others or snapshot is None or not repository._complete('snapshot', snapshot, view) or snapshot.signed.expires - now < lasts('snapshot')/2 or snapshot.signed.version <= used.get('snapshot', 0):
         meta = dict(snapshot.signed.meta) if snapshot else {}
         snapshot = online['snapshot'] = Metadata(Snapshot(repository._version('snapshot'), expires=now + lasts('snapshot'), meta=meta | {f'{r}.json': MetaFile(m.signed.version) for r, m in others.items()}))
     timestamp = online['timestamp'] = Metadata(Timestamp(repository._version('timestamp'), expires=now + lasts('timestamp')))
