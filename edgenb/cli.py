@@ -368,7 +368,7 @@ def command_keys_drill(args):
         if args.repository: repository, signers = Repository(args.repository), _signers(args)
         else: repository, signers = practice(Path(folder))
         cases = [(loss_drill, args.lost)]*bool(args.lost) + [(compromise_drill, args.stolen)]*bool(args.stolen)
-        if not cases: cases = [(drill, [n]) for drill in (loss_drill, compromise_drill) for n in ('root-1', 'targets-1', 'models-1', 'campaign-1', 'snapshot-1', 'timestamp-1', 'usb-1')]
+        if not cases: cases = [(drill, n.split()) for drill in (loss_drill, compromise_drill) for n in ('root-1', 'targets-1', 'models-1', 'campaign-1 snapshot-1 timestamp-1', 'usb-1')]
         found = [(f"{' and '.join(names)} {'lost' if drill is loss_drill else 'stolen'}", drill(repository, names, signers)) for drill, names in cases]
     print(json.dumps([{'case': case, 'findings': [asdict(f) for f in fs]} for case, fs in found]) if args.json else drill_text(found))
     return 0 if all(f.ok for _, fs in found for f in fs) else 1
@@ -484,7 +484,7 @@ def command_repository_publish(args):
     repository = Repository(args.repository)
     if args.discard: repository.discard(); return print('nothing is staged')
     for file in args.signed: merge_staged(repository, file)
-    signers = _signers(args, repository.wanted('models-', 'campaign', 'snapshot', 'timestamp', *repository.staged['metadata']))
+    signers = _signers(args, repository.wanted('releases', 'campaign', 'snapshot', 'timestamp', *repository.staged['metadata']))
     if not args.bundle: return _said(repository.commit(signers), repository)
     with tempfile.TemporaryDirectory() as folder:
         def here(ref, name): return Path(ref) if Path(ref).is_dir() else checkout(_registry(args), ref, Path(folder)/name)
@@ -497,7 +497,7 @@ def command_repository_refresh(args):
     from edgenb.fleet.repository import Repository
     repository = Repository(args.repository)
     online = ('campaign', 'snapshot', 'timestamp')
-    if args.renew: return _said(repository.renew(args.renew, _signers(args, repository.wanted(*online, 'models-' if args.renew == 'models' else args.renew, args.renew))), repository)
+    if args.renew: return _said(repository.renew(args.renew, _signers(args, repository.wanted(*online, 'releases' if args.renew == 'models' else args.renew, args.renew))), repository)
     repository.refresh(_signers(args, repository.wanted(*online)))
     print(f'timestamp {repository.timestamp.signed.version}, valid until {repository.timestamp.signed.expires:%Y-%m-%d %H:%M} UTC')
 

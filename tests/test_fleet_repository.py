@@ -250,7 +250,7 @@ def test_a_creation_that_was_cut_short_can_be_begun_again_or_finished(tmp_path, 
 
 def test_a_publisher_does_not_countersign_what_somebody_put_into_the_web_folder(tmp_path, keys, repository):
     repository.publish(toy_bundle(tmp_path/'one'), signers=keys[2])
-    role = next(r for r in repository.versions if r.startswith('models-') and repository.published(r).signed.targets)
+    role = next(r for r in repository.versions if r.startswith('releases-') and repository.published(r).signed.targets)
     path = repository.path/f'metadata/{repository.versions[role]}.{role}.json'
     path.write_text(path.read_text().replace('"version":1}', '"version":9}'))
     with pytest.raises(EdgenbError, match='not signed by the keys of its role'): Repository(repository.path).publish(toy_bundle(tmp_path/'two', 'other'), signers=keys[2])

@@ -57,7 +57,7 @@ def blobs_of(release: dict) -> dict:   # sha256 -> length
     return {c['stored']: c['stored_length'] for f in release['files'] for c in f['chunks']} | {b['sha256']: b['length'] for d in release['deltas'] for f in d['files'] for b in f['blobs']}
 
 # %% ../../nbs/fleet/repository.ipynb #e8d65f99
-TOP, BIN = ('root', 'targets', 'snapshot', 'timestamp'), 'models'   # bins are called models-0, models-1, ...
+TOP, BIN = ('root', 'targets', 'snapshot', 'timestamp'), 'releases'   # bins are called releases-0, releases-1, ...; the models keys sign them
 DOCUMENT = 'campaigns/campaigns.json'
 
 def utc_now() -> datetime.datetime:
@@ -218,8 +218,8 @@ class Repository:
         return found
 
     def wanted(self, *roles) -> set:   # key ids
-        "Which keys may sign for these roles ('models-' for the bins), where the role is known yet."
-        bins = {'models-': f"models-{'0'*self.newest('models').signed.delegations.succinct_roles.suffix_len}"} if 'models-' in roles else {}
+        "Which keys may sign for these roles ('releases' for its bins)."
+        bins = {BIN: next(self.newest('models').signed.delegations.succinct_roles.get_roles())} if BIN in roles else {}
         return {k for r in roles for k in ({k for own in USB_MAY for k in self._keys(own)} if r == 'usb' else self._keys(bins.get(r, r)))}
 
     def _sign(self, role, metadata, signers):

@@ -68,9 +68,10 @@ def _expiries(repository):
         except EdgenbError as e: found.append(Finding(role, False, str(e))); continue
         named = (m if role == 'root' else repository.published(parent(role))).signed.get_delegated_role(role)
         bins = [repository.published(b).signed.expires for b in m.signed.delegations.succinct_roles.get_roles()] if role == 'models' else []
+        keys = repository._keys(role)
         left = (min([m.signed.expires, *bins]) - repository.clock())/datetime.timedelta(days=1)
         late = left < lasts(role).days/12 if role not in USB_MAY else left <= 0
-        found.append(Finding(role, not late, f'{named.threshold} of {len(named.keyids)} keys, expires in {left:.1f} days' + (': renew it' if late else '')))
+        found.append(Finding(role, not late, f"{named.threshold} of {', '.join(sorted(key_name(keys[i]) for i in named.keyids))}; expires in {left:.1f} days" + (': renew it' if late else '')))
     return found
 
 # %% ../../nbs/fleet/upkeep.ipynb #35982b7e
@@ -151,7 +152,7 @@ def loss_drill(repository: Repository, lost: list, signers: list) -> list:   # o
         return found
 
 def forge(repository: Repository, role: str, stolen: list, online: list) -> str:   # the path of a target that should not be
-    "What a thief can try with keys of a role who also has the web server and its online keys. Writes into `repository`: use a copy."
+    "What a thief can try with keys of a role who also has the web server, and for an offline role all online keys too. Writes into `repository`: use a copy."
     from tuf.api.metadata import MetaFile, TargetFile
     evil = TargetFile.from_data(f"releases/{'e'*64}.json", b'{}', ['sha256'])
     role = repository.published('models').signed.delegations.succinct_roles.get_role_for_target(evil.path) if role == 'models' else role
@@ -168,7 +169,7 @@ def forge(repository: Repository, role: str, stolen: list, online: list) -> str:
     if m and role != 'root': snapshot.signed.meta[f'{role}.json'] = MetaFile(m.signed.version)
     timestamp.signed.snapshot_meta = MetaFile(snapshot.signed.version)
     for x in (snapshot, timestamp) if m or may else (timestamp,):
-        for s in [*stolen, *(online if m else ())]: x.sign(s, append=True)
+        for s in [*stolen, *(() if role in USB_MAY else online)]: x.sign(s, append=True)
     (repository.path/f'metadata/{snapshot.signed.version}.snapshot.json').write_bytes(snapshot.to_bytes())
     (repository.path/'metadata/timestamp.json').write_bytes(timestamp.to_bytes())
     return evil.path
@@ -187,13 +188,13 @@ def compromise_drill(repository: Repository, stolen: list, signers: list) -> lis
         roles = list(dict.fromkeys(r for n in stolen for r in roles_of(there, n)))
         def attack(when):
             for role in roles:
-                if role == 'snapshot' or role == 'campaign' and len(roles) > 1: continue   # come with the timestamp
+                if role in ('snapshot', 'campaign') and 'timestamp' in roles: continue   # come with it
                 web, memory = folder/f'web {when} {role}', folder/f'device {when} {role}'
                 shutil.copytree(there.path, web); shutil.copytree(device, memory, symlinks=True)
                 seen = _believes(Repository(web, there.clock), memory, first, forge(Repository(web, there.clock), role, thief, online))
                 yield role, seen, memory
         for role, seen, memory in attack('before'):
-            if role in USB_MAY: found.append(Finding(f'a thief with {", ".join(stolen)} claims a newest state', seen is None or not seen[1], 'refused' if seen is None else f'believed until the key is replaced (timestamp {seen[0]:,}), but no release is his')); device = memory
+            if role in USB_MAY: found.append(Finding(f'a thief with {", ".join(stolen)} claims a newest state', seen is None or not seen[1], 'refused' if seen is None else f'believed until the key is replaced (timestamp {seen[0]:,}), but no release is his')); device = memory if seen else device
             else: found.append(Finding(f'a thief with {", ".join(stolen)} and all online keys signs for {role}', seen is None or not seen[1], 'refused' if seen is None or not seen[1] else 'BELIEVED: as many keys are stolen as must sign'))
         found += _replaced(there, stolen, signers)
         if all(f.ok for f in found):
