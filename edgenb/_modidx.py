@@ -632,6 +632,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'edgenb.fleet.repository._said': ('fleet/repository.html#_said', 'edgenb/fleet/repository.py'),
                                          'edgenb.fleet.repository._sign_with': ( 'fleet/repository.html#_sign_with',
                                                                                  'edgenb/fleet/repository.py'),
+                                         'edgenb.fleet.repository._theirs': ('fleet/repository.html#_theirs', 'edgenb/fleet/repository.py'),
+                                         'edgenb.fleet.repository._told': ('fleet/repository.html#_told', 'edgenb/fleet/repository.py'),
                                          'edgenb.fleet.repository._waiting': ( 'fleet/repository.html#_waiting',
                                                                                'edgenb/fleet/repository.py'),
                                          'edgenb.fleet.repository._write_out': ( 'fleet/repository.html#_write_out',

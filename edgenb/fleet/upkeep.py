@@ -101,6 +101,7 @@ def _rename_keys(signed, named, add, remove, threshold, role):
         if n not in names: raise EdgenbError(f'rotate: {role} has no key {n}.{did_you_mean(n, names)}')
         entry.keyids.remove(names[n])
     for k in add:
+        if not key_name(k).startswith(f'{role}-'): raise EdgenbError(f'rotate: a key of {role} is called {role}-..., not {key_name(k)}: by its name a holder knows what it may sign')
         if key_name(k) in names and k.keyid != names[key_name(k)]: raise EdgenbError(f'rotate: {role} has a key {key_name(k)} already: give the new one a name of its own, such as {role}-{len(names) + 1}')
         if k.keyid not in entry.keyids: entry.keyids.append(k.keyid)
         keys[k.keyid] = k
