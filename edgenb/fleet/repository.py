@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from ..core import EdgenbError, digest, json_text, within, write_atomic, write_json
-from .keys import ROLES, Ring
+from .keys import ROLES, USB_MAY, Ring
 from ..ship import check_bundle
 
 # %% ../../nbs/fleet/repository.ipynb #00102374
@@ -32,7 +32,7 @@ def store_blob(blobs: Path, data: bytes) -> str:   # its sha256
 def contents(folder: Path, earlier: list, blobs: Path) -> tuple:   # (files, deltas), as a release names them
     "Put a bundle, and what leads to it from earlier bundles, into `blobs`."
     try: from edgenb.fleet.delta import chunk_files, make_delta
-    except ImportError: return _chunked(folder, blobs), []   # TODO: goes when edgenb.fleet.delta is here
+    except ImportError: return _chunked(folder, blobs), []   # no deltas here
     files = chunk_files(folder, blobs)
     return files, [d for old in earlier if check_bundle(old) and (d := make_delta(old, folder, blobs, files))]
 
@@ -57,7 +57,7 @@ def blobs_of(release: dict) -> dict:   # sha256 -> length
     return {c['stored']: c['stored_length'] for f in release['files'] for c in f['chunks']} | {b['sha256']: b['length'] for d in release['deltas'] for f in d['files'] for b in f['blobs']}
 
 # %% ../../nbs/fleet/repository.ipynb #e8d65f99
-TOP, BIN = ('root', 'targets', 'snapshot', 'timestamp'), 'models'   # bins are called models-0, models-1, ...
+TOP, BIN = ('root', 'targets', 'snapshot', 'timestamp'), 'releases'   # bins are called releases-0, releases-1, ...; the models keys sign them
 DOCUMENT = 'campaigns/campaigns.json'
 
 def utc_now() -> datetime.datetime:
@@ -217,6 +217,11 @@ class Repository:
             except ValueError: pass   # the published parent does not know the role yet
         return found
 
+    def wanted(self, *roles) -> set:   # key ids
+        "Which keys may sign for these roles ('releases' for its bins)."
+        bins = {BIN: next(self.newest('models').signed.delegations.succinct_roles.get_roles())} if BIN in roles else {}
+        return {k for r in roles for k in ({k for own in USB_MAY for k in self._keys(own)} if r == 'usb' else self._keys(bins.get(r, r)))}
+
     def _sign(self, role, metadata, signers):
         for s in signers:
             if s.public_key.keyid in self._keys(role): metadata.sign(s, append=True)
@@ -241,10 +246,15 @@ def sign_staged(path: str | Path, signers: list) -> list:   # (role, key name) o
     path, added = Path(path), []
     staged = read_staged(path)
     for role, m in staged['metadata'].items():
-        for s in signers:
-            if s.public_key.keyid in staged['keys'][role] and s.public_key.keyid not in m.signatures: m.sign(s, append=True); added.append((role, key_name(s.public_key)))
+        for s in _theirs(role, staged, signers):
+            if s.public_key.keyid not in m.signatures: m.sign(s, append=True); added.append((role, key_name(s.public_key)))
     if added: write_json(path, {'edgenb_staged': 1} | staged | {part: {r: m.to_dict() for r, m in staged[part].items()} for part in ('metadata', 'base')})
     return added
+
+def _theirs(role, staged, signers):
+    "Who may sign for a role: whom the file names, and whose key is called after the role. The file was carried about and may ask a `targets` key to sign what it calls a bin."
+    own = 'models' if role.startswith(f'{BIN}-') else role
+    return [s for s in signers if s.public_key.keyid in staged['keys'].get(role, ()) and key_name(s.public_key).startswith(f'{own}-')]
 
 def describe_staged(path: str | Path, signers: list) -> list:   # of lines
     "What one is asked to sign, read from the metadata itself: the sentences in the file are anybody's. What one has signed before is left out."
@@ -256,15 +266,25 @@ def describe_staged(path: str | Path, signers: list) -> list:   # of lines
     for role, m in staged['metadata'].items():
         base = staged['base'][role] if role in staged['base'] and mine(staged['base'][role]) else None
         new, old = _said(m.signed), _said(base.signed) if base else {}
-        if not any(s.public_key.keyid in staged['keys'][role] for s in signers): continue
+        if not _theirs(role, staged, signers): continue
+        for p, t in getattr(m.signed, 'targets', {}).items():
+            if not base or p not in base.signed.targets: _told(p, t, staged['targets'], path)
         lines.append(f'{role}, version {m.signed.version}, valid until {m.signed.expires:%Y-%m-%d}' + ('' if base or not new else ' (all of it: you have not signed the version before)'))
         lines += [f'  {k}: {new[k]}' for k in new if old.get(k) != new[k]] + [f'  no longer {k}: {old[k]}' for k in old if k not in new]
     return lines
 
+def _told(path, target, texts, file):
+    "Refuse a release whose document is not in the file, or is about another bundle."
+    text = texts.get(target.get_prefixed_paths()[0], '')
+    try: told = json.loads(text)
+    except ValueError: told = {}
+    if hashlib.sha256(text.encode()).hexdigest() != target.hashes['sha256'] or f"releases/{told.get('bundle')}.json" != path or target.custom != {'name': told.get('name'), 'version': told.get('version')}:
+        raise EdgenbError(f'{file}: the document of {path[:30]} is missing or is about something else: do not sign; ask who sent this')
+
 def _said(signed):
     "What metadata of an offline role says, flat."
     found, delegations = {}, getattr(signed, 'delegations', None)
-    for p, t in getattr(signed, 'targets', {}).items(): found[f"release {t.custom['name']}:{t.custom['version']}" if t.custom else p] = p.removeprefix('releases/').removesuffix('.json') + f", document {t.hashes['sha256']}"
+    for p, t in getattr(signed, 'targets', {}).items(): found[f"release of the bundle {p.removeprefix('releases/').removesuffix('.json')}"] = f"{t.custom['name']}:{t.custom['version']}, document {t.hashes['sha256'][:16]}"
     keys = signed.keys if hasattr(signed, 'keys') else delegations.keys if delegations else {}
     for name, r in (signed.roles.items() if hasattr(signed, 'roles') else [*((delegations.roles or {}).items()), *([('its bins', delegations.succinct_roles)] if delegations.succinct_roles else [])] if delegations else []):
         found[f'keys of {name}'] = f"{r.threshold} of {', '.join(f'{key_name(keys[i])} ({i[:16]})' for i in r.keyids)}" + (f", for {', '.join(r.paths)}" if getattr(r, 'paths', None) else '')
@@ -272,11 +292,13 @@ def _said(signed):
 
 def merge_staged(repository: Repository, path: str | Path):
     "Take over the signatures that a copy of staged.json has collected."
-    theirs, mine = read_staged(Path(path)), repository.staged['metadata']
-    for role, m in mine.items():
-        if role not in theirs['metadata'] or theirs['metadata'][role].signed_bytes != m.signed_bytes: raise EdgenbError(f'{path} signs another state of {role} than is staged now: copy staged.json from the repository again, and have that signed')
-        m.signatures.update(theirs['metadata'][role].signatures)
-    repository._write_staged()
+    theirs = read_staged(Path(path))['metadata']
+    with locked(repository.path):
+        repository.reload()
+        for role, m in repository.staged['metadata'].items():
+            if role not in theirs or theirs[role].signed_bytes != m.signed_bytes: raise EdgenbError(f'{path} signs another state of {role} than is staged now: copy staged.json from the repository again, and have that signed')
+            m.signatures.update(theirs[role].signatures)
+        repository._write_staged()
 
 @contextmanager
 def locked(path: Path):
@@ -317,17 +339,17 @@ def _commit(repository, signers):
     repository.reload()
     return Outcome(outcome.done, repository.versions, outcome.waiting)
 
-def _write_out(repository, metadata, targets, signers, fresh=True):
+def _write_out(repository, metadata, targets, signers):
     "Publish signed metadata: targets, metadata, snapshot, and last the timestamp, which alone makes the rest visible (TUF specification, 6.2). Staged roots come with new online signatures."
     from tuf.api.metadata import Metadata, MetaFile, Snapshot, Targets, Timestamp
-    now, view = repository.clock(), lambda role: metadata[role] if role in metadata else repository.published(role)
-    if 'campaign' not in metadata:   # signed anew where its keys changed or half its life is over
+    now, view, used = repository.clock(), lambda role: metadata[role] if role in metadata else repository.published(role), repository.reserved()
+    if 'campaign' not in metadata:   # signed anew where its keys changed, half its life is over, or a stick has a later one
         there = repository.published('campaign') if 'campaign' in repository.versions else None
-        if there is None or not repository._complete('campaign', there, view) or there.signed.expires - now < lasts('campaign')/2: metadata['campaign'], targets = _campaign(repository, there, targets)
+        if there is None or not repository._complete('campaign', there, view) or there.signed.expires - now < lasts('campaign')/2 or there.signed.version <= used.get('campaign', 0): metadata['campaign'], targets = _campaign(repository, there, targets)
     online = {'campaign': metadata['campaign']} if 'campaign' in metadata else {}
     others = {r: m for r, m in metadata.items() if r not in TOP or r == 'targets'}
     snapshot = repository.snapshot
-    if others or snapshot is None or not repository._complete('snapshot', snapshot, view) or snapshot.signed.expires - now < lasts('snapshot')/2:
+    if others or snapshot is None or not repository._complete('snapshot', snapshot, view) or snapshot.signed.expires - now < lasts('snapshot')/2 or snapshot.signed.version <= used.get('snapshot', 0):
         meta = dict(snapshot.signed.meta) if snapshot else {}
         snapshot = online['snapshot'] = Metadata(Snapshot(repository._version('snapshot'), expires=now + lasts('snapshot'), meta=meta | {f'{r}.json': MetaFile(m.signed.version) for r, m in others.items()}))
     timestamp = online['timestamp'] = Metadata(Timestamp(repository._version('timestamp'), expires=now + lasts('timestamp')))
