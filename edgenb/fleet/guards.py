@@ -62,12 +62,13 @@ GUARDS = {g.name: g for g in (
     Guard('failed', 'failed', '%', 10, None, 'refused the release after its health check and fell back'),
     Guard('labels', 'n', 'margin', None, None, ''))}
 
-def parse_guards(given: list) -> dict:   # name -> limit
-    "Limits from NAME=NUMBER with an optional unit, as on the command line: latency_p99=50ms, memory=300MB, failed=10%."
+def parse_guards(given: list) -> dict:   # name -> limit, None for off
+    "Limits from NAME=NUMBER with an optional unit, as on the command line: latency_p99=50ms, memory=300MB, failed=10%, silent=off."
     found = {}
     for text in given:
         name, _, number = str(text).partition('=')
         if name not in GUARDS or name == 'labels': raise EdgenbError(f'there is no guard {name}.{did_you_mean(name, [g for g in GUARDS if g != "labels"])}')
+        if number == 'off': found[name] = None; continue
         unit = GUARDS[name].unit
         try: limit = float(number.strip().removesuffix(unit) if unit else number)
         except ValueError: raise EdgenbError(f"guard {text}: '{number}' is not a number" + (f' of {unit}' if unit else '') + f': write {name}={GUARDS[name].default if GUARDS[name].default is not None else 50:g}{unit if unit in ("ms", "MB", "%", "h") else ""}') from None
