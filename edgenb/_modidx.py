@@ -604,6 +604,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'edgenb.fleet.guards.judge_share': ('fleet/guards.html#judge_share', 'edgenb/fleet/guards.py'),
                                      'edgenb.fleet.guards.over_share': ('fleet/guards.html#over_share', 'edgenb/fleet/guards.py'),
                                      'edgenb.fleet.guards.parse_guards': ('fleet/guards.html#parse_guards', 'edgenb/fleet/guards.py'),
+                                     'edgenb.fleet.guards.points': ('fleet/guards.html#points', 'edgenb/fleet/guards.py'),
                                      'edgenb.fleet.guards.shares': ('fleet/guards.html#shares', 'edgenb/fleet/guards.py'),
                                      'edgenb.fleet.guards.uncertainty': ('fleet/guards.html#uncertainty', 'edgenb/fleet/guards.py')},
             'edgenb.fleet.sequential': { 'edgenb.fleet.sequential.Comparison': ( 'fleet/sequential.html#comparison',

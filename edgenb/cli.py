@@ -295,7 +295,7 @@ def command_new(args):
          argument('--soak-hours', type=float, metavar='H', help='a stage lasts at least'),
          argument('--deadline-hours', type=float, metavar='H', help='a stage must have decided within'),
          argument('--at-deadline', choices=('pause', 'promote'), help='then: a person decides (default), or it goes on if no guard rings'),
-         argument('--replaces', metavar='DIGEST', help='the bundle to go back to (default: what the last campaign left)'),
+         argument('--replaces', metavar='DIGEST', help="the bundle that devices run now, or 'nothing' (default: what the last campaign left)"),
          argument('--agent', default='0.1.0', help='the oldest agent that may take part (default 0.1.0)'),
          argument('--id', default='', help='name of the campaign'),
          argument('--log', default='', metavar='FOLDER', help='where campaigns are written down (default: REPO.campaigns)'),

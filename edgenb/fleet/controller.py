@@ -207,7 +207,7 @@ def publisher(repository: str | Path, keys: str | Path, passphrase=None):   # ->
     from edgenb.fleet.keys import load_ring, unlock
     from edgenb.fleet.repository import Repository, set_campaigns
     repo, ring, signers = Repository(repository), load_ring(keys), []
-    ids = {k.keyid for role in ('campaign', 'snapshot', 'timestamp') for k in ring.of(role)}
+    ids = {ring.keys[n].keyid for role in ('campaign', 'snapshot', 'timestamp') for n in ring.roles[role]['keys']}   # the usb key may too, but lies elsewhere
     def publish(c: Campaign):
         repo.reload()
         document = repo.campaigns()
@@ -232,7 +232,7 @@ def replaced(document: dict, name: str, release: str) -> str | None:
 def plan_text(c: Campaign, p: Policy, devices: list) -> str:
     "What would be shipped to whom, and by which rules."
     from edgenb.fleet.campaign import promote, stage_alpha
-    from edgenb.fleet.guards import GUARDS, shares
+    from edgenb.fleet.guards import GUARDS, points, shares
     from edgenb.fleet.sequential import outcomes_needed
     lines, at = [f'campaign {c.id}: {c.name}, bundle {c.release[:12]} in place of {(c.replaces or "nothing")[:12]}, for a fleet of {len(devices)} ({p.size}: {p.how})'], c
     sites = len({d['site'] for d in devices})
@@ -242,10 +242,10 @@ def plan_text(c: Campaign, p: Policy, devices: list) -> str:
         lines.append(f'stage {i + 1}: {share:g} %, {int(members.sum())} devices in {len({d["site"] for d, m in zip(devices, members) if m})} of {sites} sites; {part:.2g} of alpha; at least {p.soak_hours:g} h, decided within {p.deadline_hours:g} h')
         if i + 1 < len(c.stages): at = promote(at, devices, 'plan')
     part = shares(['labels', *p.guards], stage_alpha(p.alpha, 0, len(c.stages)))
-    lines.append(f'labels: goes on when canaries are shown to err less than {100*p.margin:g} points more often than controls; if they are no worse, after about '
+    lines.append(f'labels: goes on when canaries are shown to err less than {points(p.margin)} more often than controls; if they are no worse, after about '
                  + ', '.join(f'{outcomes_needed(r, p.margin, p.alpha):,.0f} labelled outcomes where {100*r:g} % are wrong' for r in (0.01, 0.03, 0.1)) + ' (arithmetic; more where devices differ)')
     lines += [f"guard {n}: {f'more than {l:g} % of those that tried' if n == 'failed' else 'canaries, more often than controls,'} {GUARDS[n].said.format(limit=l)}; rings at {1/part[n]:.0f}" for n, l in p.guards.items()]
-    lines.append(f'a release which is no worse is sent back by mistake with a probability of at most {100*p.alpha:g} %; one that errs {100*p.margin:g} points more often passes the first stage with a probability of at most {100*p.alpha:g} %')
+    lines.append(f'a release which is no worse is sent back by mistake with a probability of at most {100*p.alpha:g} %; one that errs {points(p.margin)} more often passes the first stage with a probability of at most {100*p.alpha:g} %')
     lines.append('windows: ' + ('; '.join(f"{w['days']} {w['from']}-{w['to']}" for w in c.windows) or 'any time') + f'; at a deadline: {p.at_deadline}; rollback: {p.rollback}')
     return '\n'.join(lines + [f'why {k}: {v}' for k, v in p.why.items()])
 
@@ -299,7 +299,10 @@ def plan_ship(bundle: str | Path, repository: str | Path, devices: list, p: Poli
     if release not in repo.releases(staged=False): raise EdgenbError(f'{bundle} ({release[:12]}) is not released in {repository}: publish it first')
     document = repo.campaigns()
     old = replaced(document, name, release)
-    if replaces:
+    others = [d for d, r in repo.releases(staged=False).items() if r['name'] == name and d != release]
+    if old is None and others and not replaces: raise EdgenbError(f"nothing was shipped of {name} from here yet, but {', '.join(d[:12] for d in others)} is released too: say with --replaces which of them the devices run, or --replaces nothing")
+    if replaces == 'nothing': old = None
+    elif replaces:
         found = [d for d in repo.releases(staged=False) if d.startswith(replaces)]
         if len(found) != 1: raise EdgenbError(f'--replaces {replaces}: {"no release begins" if not found else f"{len(found)} releases begin"} with that digest')
         old = found[0]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEVICE_ALPHA', 'GUARDS', 'RATIO', 'TOLERATED', 'over_share', 'uncertainty', 'bad_crashes', 'bad_memory', 'bad_drift',
            'bad_silent', 'bad_latency', 'bad_confidence', 'Guard', 'parse_guards', 'default_guards', 'Verdict',
-           'shares', 'judge_share', 'judge_labels', 'judge']
+           'shares', 'judge_share', 'points', 'judge_labels', 'judge']
 
 # %% ../../nbs/fleet/guards.ipynb #38a4d4e4
 from dataclasses import dataclass
@@ -119,6 +119,8 @@ def judge_share(name: str, limit: float, e: Evidence, alpha: float) -> Verdict:
     return Verdict(name, bool(value < 1/alpha), float(value), 1/alpha, f'{said}. Evidence {float(value):.3g}, it rings at {1/alpha:.0f}')
 
 # %% ../../nbs/fleet/guards.ipynb #9674a37e
+def points(share: float) -> str: return f"{100*share:g} point{'' if share == 0.01 else 's'}"
+
 def judge_labels(margin: float, e: Evidence, alpha: float,
                  promote_alpha: float   # chance that a release worse by the margin goes on
                 ) -> tuple:             # (Verdict, bool: shown to be within the margin)
@@ -133,7 +135,7 @@ def judge_labels(margin: float, e: Evidence, alpha: float,
     worst = max(kinds, key=lambda h: kinds[h].worse, default=None)
     if worst is not None and kinds[worst].worse > 2*whole.worse: said += f'; most on {worst}, {100*float(kinds[worst].difference):+.2f}'
     held = [h for h in kinds if kinds[h].within < 1/promote_alpha]
-    if passed >= 1/promote_alpha: said += f'. Shown to be within the margin of {100*margin:g} points'
+    if passed >= 1/promote_alpha: said += f'. Shown to be within the margin of {points(margin)}'
     elif whole.within >= 1/promote_alpha: said += f". Within the margin on the whole; not yet shown on {', '.join(held)} ({KIND_MARGIN} margins)"
     return Verdict('labels', bool(worse < 1/alpha), float(worse), 1/alpha, f'{said}. Evidence of harm {float(worse):.3g}, it rings at {1/alpha:.0f}'), bool(passed >= 1/promote_alpha)
 
