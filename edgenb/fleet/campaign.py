@@ -21,8 +21,7 @@ def days_of(text: str) -> set:   # of 0 (Monday) to 6
     found = set()
     for part in str(text).split(','):
         first, dash, last = (p.strip() for p in part.partition('-'))
-        if bad := [d for d in (first, last) if d not in DAYS and (d or not dash and d is first)]: raise EdgenbError(f"window: {bad[0]!r} is no day: write {', '.join(DAYS)}, with '-' and ','")
-        if dash and not last: raise EdgenbError(f'window: {part!r} has no end')
+        if bad := [d for d in ((first, last) if dash else (first,)) if d not in DAYS]: raise EdgenbError(f"window: {bad[0]!r} is no day: write {', '.join(DAYS)}, with '-' from one to another and ',' between")
         a, b = DAYS.index(first), DAYS.index(last or first)
         found |= {(a + i) % 7 for i in range((b - a) % 7 + 1)}
     return found

@@ -150,6 +150,7 @@ def step(folder: str | Path, look, publish, devices: list | None = None, now: in
         publish(c)
         if c.over: return Decision('hold', f'nothing to decide: it is {c.state}', (), 0, 0)
         evidence, devices = look(c.to_dict(), s.began, s.since, now), s.devices if devices is None else devices
+        if (evidence.since, evidence.at) != (s.since, now): raise EdgenbError(f'{c.id}: the evidence is of the minutes {evidence.since} to {evidence.at}, asked for were {s.since} to {now}')
         d = decide(c, evidence, now, s.policy)
         new = apply(c, d, devices)
         record = {'event': 'step', 'now': now, 'evidence': keep(s.folder, evidence.to_bytes()), 'decision': d.to_dict()}
@@ -181,18 +182,22 @@ def replay(folder: str | Path) -> list:   # of (line, what is wrong); empty: eve
     p, c = Policy.from_dict(log[0]['policy']), parse(log[0]['campaign'])
     devices = json.loads(kept(Path(folder), log[0]['inventory']))
     if start(devices, c.name, c.release, c.replaces, c.stages, c.strata, c.windows, c.agent, c.id, c.seed).cutoffs != c.cutoffs: wrong.append((0, 'the first cohort is not the one that the inventory gives'))
+    since, before = log[0]['now'], log[0]['now']
     for r in log[1:]:
         after = parse(r['campaign']) if 'campaign' in r else c
         try:
             if r['event'] == 'step':
                 evidence = Evidence.from_bytes(kept(Path(folder), r['evidence']))
+                if (evidence.since, evidence.at) != (since, r['now']): raise EdgenbError(f"the evidence is of the minutes {evidence.since} to {evidence.at}, the log says {since} to {r['now']}")
                 d = decide(c, evidence, r['now'], p)
                 if not _same(json.loads(json.dumps(d.to_dict())), r['decision']): wrong.append((r['n'], f"logged: {r['decision']['action']} ({r['decision']['reason']}); recomputed: {d.action} ({d.reason})"))
                 expected = apply(c, d, json.loads(kept(Path(folder), r['inventory'])) if 'inventory' in r else [])
             else: expected = ACTIONS[r['event']](c, after.reason)
+            if r['now'] < before: wrong.append((r['n'], 'it is older than the line before'))
             if replace(expected, reason='') != replace(after, reason=''): wrong.append((r['n'], f'the campaign that was signed does not follow from {r["event"]}'))
         except EdgenbError as e: wrong.append((r['n'], str(e)))
-        c = after
+        if after.stage != c.stage: since = r['now']
+        c, before = after, r['now']
     return wrong
 
 # %% ../../nbs/fleet/controller.ipynb #90431a3c

@@ -67,7 +67,8 @@ class Evidence:
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as z: values = {k: z[k] for k in z.files}
             return cls(**values | {k: int(values[k]) for k in ('since', 'at')})
-        except (ValueError, KeyError, TypeError, OSError, EOFError) as e: raise EdgenbError(f'this is no evidence of a campaign: {e}') from None
+        except EdgenbError: raise
+        except Exception as e: raise EdgenbError(f'this is no evidence of a campaign: {e or type(e).__name__}') from None   # a damaged archive may raise anything
 
 # %% ../../nbs/fleet/sequential.ipynb #fd35f079
 def drift_evidence(u: np.ndarray,      # sum weighed by precision: difference*information
