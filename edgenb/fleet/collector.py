@@ -247,10 +247,10 @@ def percentile(counts,             # of bins: `len(edges) + 1`
     low, share = (edges[i - 1] if i else 0.0), (q - (reached[i - 1] if i else 0.0))/(counts[i]/counts.sum())
     return float(low + share*(edges[i] - low))
 
-def newest(db: sqlite3.Connection) -> dict:   # device -> {'at', 'received', 'model', 'metrics', 'clock'}
+def newest(db: sqlite3.Connection) -> dict:   # device -> {'site', 'at', 'received', 'model', 'metrics', 'clock'}
     "The last row of every device."
-    return {d: {'at': at, 'received': received, 'model': model, 'clock': bool(clock), 'metrics': json.loads(metrics)} for d, at, received, model, clock, metrics, _ in db.execute(
-        'SELECT d.device, r.at, r.received, m.digest, r.clock, r.metrics, max(r.id) FROM rows r JOIN devices d ON d.id = r.device LEFT JOIN models m ON m.id = r.model GROUP BY r.device')}
+    return {d: {'site': site, 'at': at, 'received': received, 'model': model, 'clock': bool(clock), 'metrics': json.loads(metrics)} for d, site, at, received, model, clock, metrics, _ in db.execute(
+        'SELECT d.device, d.site, r.at, r.received, m.digest, r.clock, r.metrics, max(r.id) FROM rows r JOIN devices d ON d.id = r.device LEFT JOIN models m ON m.id = r.model GROUP BY r.device')}
 
 # %% ../../nbs/fleet/collector.ipynb #65a5036f
 ADDED = [n for n, m in METRICS.items() if m.kind != 'sums' and m.merge != 'last']
