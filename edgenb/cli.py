@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'GIVEN', 'argument', 'command', 'command_recipes', 'command_run', 'command_sweep', 'command_predict',
            'command_verify', 'command_compare', 'command_fit', 'command_weights', 'command_doctor',
-           'command_completion', 'command_card', 'command_open', 'command_new', 'parser', 'main']
+           'command_completion', 'command_card', 'command_open', 'command_new', 'command_collect', 'command_fleet',
+           'command_feedback', 'parser', 'main']
 
 # %% ../nbs/17_cli.ipynb #61b96ae7
 import argparse, sys
@@ -279,6 +280,103 @@ def command_new(args):
     from edgenb.workspace import new_recipe
     path = new_recipe(args.name, args.source, _given(args))
     print(f'{path}\ntry it:  edgenb run {args.name} -p smoke true\nopen it: edgenb open {args.name}')
+
+# %% ../nbs/17_cli.ipynb #f7e10002
+@command(argument('what', nargs='?', default='serve', choices=('serve', 'enrol', 'accept', 'import', 'mqtt', 'retire', 'devices', 'key', 'rollup', 'table'),
+                  help='serve: take rows over HTTP(S); enrol: let a device in; accept: name models whose telemetry is expected; import: from sticks; mqtt: through a broker; retire: take nothing more of devices; '
+                       'devices: their public keys; key: the public key that devices check answers with; rollup: hours as Parquet; table: all that a device can say (default: serve)'),
+         argument('names', nargs='*', metavar='NAME', help='accept: bundles or digests; import: folders; retire: device ids; rollup: the folder to write to'),
+         argument('--db', metavar='FILE', help='the collector (SQLite; its key lies beside it)'),
+         argument('--host', default='127.0.0.1', help='to listen on (default 127.0.0.1: this machine, for a proxy)'),
+         argument('--port', type=int, default=8443, help='to listen on (default 8443)'),
+         argument('--tls-cert', metavar='FILE', help='certificate, PEM; needed where --host is not this machine'),
+         argument('--tls-key', metavar='FILE', help='its private key, where it is not in the same file'),
+         argument('--broker', metavar='URL', help='mqtts://user:password@host'),
+         argument('--public', metavar='HEX', help="enrol: the device's public key"),
+         argument('--site', help='enrol: where it stands'),
+         argument('--hardware', help='enrol: what it is'))
+def command_collect(args):
+    "the telemetry of a fleet: enrol devices, take what they say, each row once"
+    import json
+    from pathlib import Path
+    from edgenb.core import EdgenbError
+    if args.what == 'table':
+        from edgenb.fleet.schema import schema_table
+        return print(schema_table())
+    from edgenb.fleet import collector
+    if not args.db: raise EdgenbError('collect: name the collector with --db FILE')
+    if args.what == 'enrol':
+        if missing := [o for o in ('public', 'site', 'hardware') if not getattr(args, o)]: raise EdgenbError(f'collect enrol needs --{missing[0]}')
+        return print(json.dumps(collector.enrol(args.db, args.public, args.site, args.hardware)))
+    if args.what in ('key', 'devices'):
+        with collector.store(args.db) as db: return print(collector.public_of(collector.collector_key(args.db)) if args.what == 'key' else json.dumps(dict(db.execute('SELECT device, public FROM devices')), indent=1))
+    if args.what in ('accept', 'import', 'retire', 'rollup') and not args.names: raise EdgenbError(f'collect {args.what}: name at least one')
+    if args.what == 'rollup': return print(*collector.rollup(args.db, args.names[0]), sep='\n')
+    for name in args.names:
+        if args.what == 'retire': collector.retire(args.db, name)
+        if args.what == 'accept':
+            from edgenb.ship import check_bundle
+            manifest = check_bundle(name) if Path(name).is_dir() else {'digest': name, 'name': ''}
+            collector.accept(args.db, manifest['digest'], manifest['name'])
+        if args.what == 'import':
+            told = collector.import_folder(args.db, name)
+            print(f"{name}: {told['files']} files taken, acknowledged on the stick" + ''.join(f'; {n} refused: {r}' for r, n in told['refused'].items()))
+    if args.what == 'mqtt':
+        from edgenb.fleet.mqtt import collect_mqtt
+        if not args.broker: raise EdgenbError('collect mqtt: name the broker with --broker mqtts://host')
+        collect_mqtt(args.db, args.broker)
+    if args.what == 'serve':
+        if not args.tls_cert and args.host not in ('127.0.0.1', 'localhost', '::1'): raise EdgenbError(f'collect: on {args.host} others can read along: pass --tls-cert, or listen on this machine behind a proxy that has one')
+        s = collector.server(args.db, args.host, args.port, args.tls_cert, args.tls_key)
+        print(f"http{'s' if args.tls_cert else ''}://{args.host}:{s.server_address[1]}/v1/rows", flush=True)
+        s.serve_forever()
+
+@command(argument('what', choices=('status', 'alerts'), help='status: sites and what is open; alerts: what is open, and exit code 1 if anything is'),
+         argument('--db', metavar='FILE', required=True, help='the collector'),
+         argument('--expect', metavar='DIGEST', action='append', default=[], help='a model that may run (default: the two accepted last); may be repeated'),
+         argument('--json', action='store_true', help='as JSON'))
+def command_fleet(args):
+    "how a fleet is doing, and which devices need somebody"
+    import json
+    from dataclasses import asdict
+    from edgenb.fleet.alerts import alert_lines, look, now_minute, status
+    if args.what == 'status' and not args.json: return print(status(args.db, models=tuple(args.expect)))
+    found = look(args.db, models=tuple(args.expect))
+    if args.json: print(json.dumps([asdict(a) for a in found]))
+    else: print('\n'.join(f'{line}; {a.todo}' for line, a in zip(alert_lines(found, now_minute()), found)) or 'nothing is open')
+    return int(bool(found)) if args.what == 'alerts' else 0
+
+@command(argument('what', choices=('keygen', 'consent', 'withdraw', 'export', 'import'), help='keygen NAME; consent FOLDER; withdraw FOLDER; export FOLDER STICK; import STICK FOLDER'),
+         argument('names', nargs='+', metavar='PATH', help='see there'),
+         argument('--who', default='', help='consent, withdraw: the person who decides it, and as what'),
+         argument('--scope', action='append', default=[], choices=('corrections', 'uncertain'), help='consent: to what; may be repeated'),
+         argument('--days', type=int, default=90, help='consent: how long it holds (default 90)'),
+         argument('--public', metavar='FILE', help='consent: NAME.pub of keygen'),
+         argument('--key', metavar='FILE', help='import: NAME.key of keygen'),
+         argument('--devices', metavar='FILE', help='import: public keys, as edgenb collect devices prints them'))
+def command_feedback(args):
+    "corrected cases, by consent, encrypted to those who label; the passphrase is asked for, or read from EDGENB_PASSPHRASE"
+    import getpass, json, os
+    from pathlib import Path
+    from edgenb.core import EdgenbError
+    from edgenb.fleet import feedback
+    def need(*options):
+        if missing := [o for o in options if not getattr(args, o)]: raise EdgenbError(f'feedback {args.what} needs --{missing[0]}')
+    def passphrase(): return os.environ.get('EDGENB_PASSPHRASE') or getpass.getpass('passphrase: ')
+    if len(args.names) != (2 if args.what in ('export', 'import') else 1): raise EdgenbError(f'feedback {args.what} takes ' + ('two folders: from and to' if args.what in ('export', 'import') else 'one path'))
+    if args.what == 'keygen': print(*feedback.keygen(args.names[0], passphrase()), sep='\n')
+    if args.what == 'consent':
+        need('who', 'scope', 'public')
+        held = feedback.consent(args.names[0], args.who, args.scope, args.days, feedback.public_key(args.public))
+        print(f"{held['who']} agrees to {', '.join(held['scope'])} until {held['until']}")
+    if args.what == 'withdraw': need('who'); print(f'withdrawn; {feedback.withdraw(args.names[0], args.who)} cases deleted')
+    if args.what == 'export': print(f'{feedback.export(*args.names)} cases')
+    if args.what == 'import':
+        need('key', 'devices')
+        try: devices = json.loads(Path(args.devices).read_text(encoding='utf-8'))
+        except (OSError, ValueError): raise EdgenbError(f'{args.devices} is not a list of devices: edgenb collect devices --db FILE > devices.json') from None
+        told = feedback.import_cases(*args.names, args.key, passphrase(), devices)
+        print(f"{told['corrections']} corrections ({args.names[1]}/examples.jsonl), {told['to_review']} to be reviewed, {told['deleted']} deleted whose consent was withdrawn" + ''.join(f'; {n} refused: {w}' for w, n in told['refused'].items()))
 
 # %% ../nbs/17_cli.ipynb #9ce138b1
 def parser() -> argparse.ArgumentParser:

@@ -31,13 +31,14 @@ CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INT NOT NULL);
 '''
 
 @contextmanager
-def store(path: str | Path,       # of the SQLite file, made if it is not there
-          write: bool = False     # in a transaction that is on the disk when the block ends
+def store(path: str | Path,       # of the SQLite file
+          write: bool = False,    # in a transaction that is on the disk when the block ends
+          make: bool = False      # it, if it is not there
          ) -> Iterator[sqlite3.Connection]:
     "The collector's database."
     path = Path(path)
     new = not path.exists()
-    if new and not write: raise EdgenbError(f'there is no collector at {path}: enrol a device first (edgenb collect enrol --db {path} …)')
+    if new and not make: raise EdgenbError(f'there is no collector at {path}: enrol a device first (edgenb collect enrol --db {path} …)')
     try:
         with file_errors(path), closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as db:
             db.execute('PRAGMA synchronous=FULL')
@@ -69,7 +70,7 @@ def enrol(path: str | Path,
     device, minute = secrets.token_hex(16), now_minute() if minute is None else minute
     collector = public_of(collector_key(path))
     try:
-        with store(path, write=True) as db: db.execute('INSERT INTO devices (device, public, site, hardware, enrolled, bits, spent) VALUES (?, ?, ?, ?, ?, ?, ?)', (device, public, site, hardware, minute, SAVED*BUDGET*8, minute))
+        with store(path, write=True, make=True) as db: db.execute('INSERT INTO devices (device, public, site, hardware, enrolled, bits, spent) VALUES (?, ?, ?, ?, ?, ?, ?)', (device, public, site, hardware, minute, SAVED*BUDGET*8, minute))
     except EdgenbError as e:
         if 'devices.public' in str(e): raise EdgenbError('enrol: a device with this key is enrolled already: every device has a key of its own') from None
         raise
@@ -84,7 +85,7 @@ def accept(path: str | Path, digest: str,   # of a bundle
            name: str = '', minute: int | None = None):
     "From now on telemetry of this model is taken."
     if not is_hex(digest, 64): raise EdgenbError('accept: a model is named by the 64 hex digits of its bundle\'s digest, or by the folder of the bundle')
-    with store(path, write=True) as db: db.execute('INSERT OR IGNORE INTO models (digest, name, accepted) VALUES (?, ?, ?)', (digest, name, now_minute() if minute is None else minute))
+    with store(path, write=True, make=True) as db: db.execute('INSERT OR IGNORE INTO models (digest, name, accepted) VALUES (?, ?, ?)', (digest, name, now_minute() if minute is None else minute))
 
 # %% ../../nbs/fleet/collector.ipynb #3b2780b5
 def _known(path, data):
@@ -175,7 +176,7 @@ def server(path: str | Path,
           ) -> ThreadingHTTPServer:                  # .serve_forever(), .server_address, .shutdown()
     "A collector that listens."
     collector_key(path)
-    with store(path, write=True): pass
+    with store(path, write=True, make=True): pass
     try: s = ThreadingHTTPServer((host, port), _handler(path, budget))
     except OSError as e: raise EdgenbError(f'collect: cannot listen on {host}:{port} ({e.strerror})') from None
     s.daemon_threads = True
