@@ -33,7 +33,8 @@ CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INT NOT NULL);
 @contextmanager
 def store(path: str | Path,       # of the SQLite file
           write: bool = False,    # in a transaction that is on the disk when the block ends
-          make: bool = False      # it, if it is not there
+          make: bool = False,     # it, if it is not there
+          durable: bool = True    # False: a power cut may take the block back; for what only counts
          ) -> Iterator[sqlite3.Connection]:
     "The collector's database."
     path = Path(path)
@@ -41,7 +42,7 @@ def store(path: str | Path,       # of the SQLite file
     if new and not make: raise EdgenbError(f'there is no collector at {path}: enrol a device first (edgenb collect enrol --db {path} …)')
     try:
         with file_errors(path), closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as db:
-            db.execute('PRAGMA synchronous=FULL')
+            db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             if new: path.chmod(0o600); db.execute('PRAGMA journal_mode=WAL'); db.executescript(TABLES)
             if write: db.execute('BEGIN IMMEDIATE')
             try: yield db
@@ -128,7 +129,7 @@ def take(path: str | Path,            # of the store
             if any(r['model'] is not None and r['model'] not in models for r in rows): raise Refused('model')
             mark, sha, wait = _insert(db, id, rows, models, minute, budget)
     except Refused as e:
-        with store(path, write=True) as db: db.execute('INSERT INTO refused VALUES (?, ?, 1, ?) ON CONFLICT DO UPDATE SET times = times + 1, last = excluded.last', (id, e.reason, minute))
+        with store(path, write=True, durable=False) as db: db.execute('INSERT INTO refused VALUES (?, ?, 1, ?) ON CONFLICT DO UPDATE SET times = times + 1, last = excluded.last', (id, e.reason, minute))
         raise
     return sealed_ack(value['device'], mark, sha, wait, signer_of(collector_key(path)))
 
