@@ -38,7 +38,7 @@ class Fleet:
     def rows(self, text, **outer):
         "Rows as raw JSON text, properly signed: the envelope is in order, what is in it need not be."
         from securesystemslib.dsse import Envelope
-        e = Envelope(b'{"device":"%s","edgenb_telemetry":1,"rows":[%s]}' % (self.device.encode(), text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass')), ROWS, {})
+        e = Envelope(b'{"device":"%s","edgenb_telemetry":1,"life":"00000000","rows":[%s]}' % (self.device.encode(), text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass')), ROWS, {})
         e.sign(self.signer)
         return compact(e.to_dict() | outer)
 
@@ -93,8 +93,8 @@ def test_no_text_arrives_beside_the_fields(tmp_path):
         texts += [json.dumps(dict(sorted(pairs, key=lambda p: (order[i] ^ ord(p[0][0]), p[0]))), separators=(',', ':')) for i in range(8)]
         for text in texts: fleet.attempt(fleet.rows(text))
         for outer in ({'payloadType': secret}, {'payloadType': ROWS, 'note': secret}, {'signatures': [{'keyid': secret, 'sig': ''}]}, {'payload': s}): fleet.attempt(fleet.rows(plain, **outer))
-        for value in ({'edgenb_telemetry': 1, 'device': fleet.device, 'rows': [], 'note': secret}, {'edgenb_telemetry': secret, 'device': fleet.device, 'rows': []}, {'edgenb_telemetry': 1, 'device': secret, 'rows': []}, {'edgenb_telemetry': 1, 'device': fleet.device, 'rows': secret}, {'edgenb_telemetry': 1, 'device': fleet.device, 'rows': [secret]},
-                      {'edgenb_telemetry': True, 'device': fleet.device, 'rows': []}, [secret], secret, None, 7): fleet.attempt(seal(value, ROWS, fleet.signer))
+        for value in ({'edgenb_telemetry': 1, 'device': fleet.device, 'life': '0'*8, 'rows': [], 'note': secret}, {'edgenb_telemetry': secret, 'device': fleet.device, 'life': '0'*8, 'rows': []}, {'edgenb_telemetry': 1, 'device': secret, 'life': '0'*8, 'rows': []}, {'edgenb_telemetry': 1, 'device': fleet.device, 'life': '0'*8, 'rows': secret}, {'edgenb_telemetry': 1, 'device': fleet.device, 'life': '0'*8, 'rows': [secret]},
+                      {'edgenb_telemetry': 1, 'device': fleet.device, 'life': secret, 'rows': []}, {'edgenb_telemetry': True, 'device': fleet.device, 'life': '0'*8, 'rows': []}, [secret], secret, None, 7): fleet.attempt(seal(value, ROWS, fleet.signer))
         for data in (secret.encode(), gzip.compress(secret.encode()*1000), gzip.compress(b'\0'*10**7), b'', b'\0'*100, base64.b64encode(plain.encode())): fleet.attempt(data)
     assert fleet.attempts > 300 and nothing_arrived(fleet)
     with store(fleet.db) as db: assert {r for r, in db.execute('SELECT reason FROM refused')} <= {'size', 'json', 'form', 'field', 'metric', 'value', 'few', 'device', 'signature', 'model', 'version'}   # refusals are counted by words from a list
@@ -146,7 +146,7 @@ def test_a_device_that_says_all_it_can_stays_within_the_budget(tmp_path):
         for _ in range(12):
             rows = [fleet.row(at=NOW + 1440*day, metrics=metrics) for _ in range(100)]
             before = len(fleet.stored())
-            take(fleet.db, sealed_rows(fleet.device, rows, fleet.signer), NOW + 1440*day)
+            take(fleet.db, sealed_rows(fleet.device, '0'*8, rows, fleet.signer), NOW + 1440*day)
             said += (len(fleet.stored()) - before)*capacity(rows[0], 1)/8
             if len(fleet.stored()) - before < 100: break
     assert SAVED*BUDGET*0.9 < said <= (SAVED + 9)*BUDGET          # what was saved up, and nine days
@@ -155,7 +155,7 @@ def test_one_device_cannot_write_as_another(tmp_path):
     fleet = Fleet(tmp_path)
     other = enrol(fleet.db, new_key(tmp_path/'other.key'), 'plant-1', 'orin', minute=NOW)['id']
     row = fleet.row(device=other)
-    assert not fleet.attempt(seal({'edgenb_telemetry': 1, 'device': other, 'rows': [row]}, ROWS, fleet.signer)) and not fleet.attempt(seal({'edgenb_telemetry': 1, 'device': fleet.device, 'rows': [row]}, ROWS, fleet.signer))
+    assert not fleet.attempt(seal({'edgenb_telemetry': 1, 'device': other, 'life': '0'*8, 'rows': [row]}, ROWS, fleet.signer)) and not fleet.attempt(seal({'edgenb_telemetry': 1, 'device': fleet.device, 'life': '0'*8, 'rows': [row]}, ROWS, fleet.signer))
     assert fleet.stored() == []
 
 def test_times_out_of_range_are_replaced_by_the_time_of_arrival(tmp_path):

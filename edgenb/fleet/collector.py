@@ -21,7 +21,7 @@ from .schema import BUDGET, CONFIDENCE, EDGES_MS, METRICS, MINUTE_STEP, REASONS,
 # %% ../../nbs/fleet/collector.ipynb #2acf5d6d
 TABLES = '''
 CREATE TABLE IF NOT EXISTS devices (id INTEGER PRIMARY KEY, device TEXT NOT NULL UNIQUE, public TEXT NOT NULL UNIQUE, site TEXT NOT NULL, hardware TEXT NOT NULL, enrolled INT NOT NULL, retired INT,
-                                    boot INT, seq INT, sha TEXT, bits REAL NOT NULL, spent INT NOT NULL, received INT);
+                                    life TEXT, boot INT, seq INT, sha TEXT, bits REAL NOT NULL, spent INT NOT NULL, received INT);
 CREATE TABLE IF NOT EXISTS models (id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, name TEXT NOT NULL, accepted INT NOT NULL);
 CREATE TABLE IF NOT EXISTS rows (id INTEGER PRIMARY KEY AUTOINCREMENT, device INT NOT NULL REFERENCES devices, boot INT NOT NULL, seq INT NOT NULL, at INT NOT NULL, received INT NOT NULL, clock INT NOT NULL,
                                  model INT REFERENCES models, metrics TEXT NOT NULL, UNIQUE (device, boot, seq));
@@ -97,10 +97,11 @@ def _known(path, data):
     if found is None: raise Refused('device')
     return found[0], opened(data, ROWS, found[1])
 
-def _insert(db, id, rows, models, minute, budget):
+def _insert(db, id, life, rows, models, minute, budget):
     "Rows beyond the mark, as far as the budget goes; (mark, digest of its row, seconds to wait)."
-    boot, seq, sha, level, spent = db.execute('SELECT boot, seq, sha, bits, spent FROM devices WHERE id = ?', (id,)).fetchone()
+    known, boot, seq, sha, level, spent = db.execute('SELECT life, boot, seq, sha, bits, spent FROM devices WHERE id = ?', (id,)).fetchone()
     mark, wait, rate = (boot, seq) if boot is not None else None, 0, budget*8/86_400
+    if known not in (None, life) and mark is not None and rows and rows[0]['boot'] <= boot: return mark, None, 0   # its disk was replaced: these keys are used
     level = min(SAVED*budget*8, level + max(0, minute - spent)*60*rate)
     for row in rows:
         if mark is not None and (row['boot'], row['seq']) <= mark: continue
@@ -110,7 +111,7 @@ def _insert(db, id, rows, models, minute, budget):
         db.execute('INSERT INTO rows (device, boot, seq, at, received, clock, model, metrics) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
                    (id, row['boot'], row['seq'], minute if late else row['at'], minute, late, models.get(row['model']), compact(row['metrics']).decode()))
         level, mark, sha = level - cost, (row['boot'], row['seq']), hashlib.sha256(text).hexdigest()
-    db.execute('UPDATE devices SET boot = ?, seq = ?, sha = ?, bits = ?, spent = ?, received = ? WHERE id = ?', (*(mark or (None, None)), sha, level, minute, minute, id))
+    db.execute('UPDATE devices SET life = ?, boot = ?, seq = ?, sha = ?, bits = ?, spent = ?, received = ? WHERE id = ?', (life if rows else known, *(mark or (None, None)), sha, level, minute, minute, id))
     return mark, sha, wait
 
 def take(path: str | Path,            # of the store
@@ -127,7 +128,7 @@ def take(path: str | Path,            # of the store
         with store(path, write=True) as db:
             models = dict(db.execute('SELECT digest, id FROM models'))
             if any(r['model'] is not None and r['model'] not in models for r in rows): raise Refused('model')
-            mark, sha, wait = _insert(db, id, rows, models, minute, budget)
+            mark, sha, wait = _insert(db, id, value['life'], rows, models, minute, budget)
     except Refused as e:
         with store(path, write=True, durable=False) as db: db.execute('INSERT INTO refused VALUES (?, ?, 1, ?) ON CONFLICT DO UPDATE SET times = times + 1, last = excluded.last', (id, e.reason, minute))
         raise

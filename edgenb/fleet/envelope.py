@@ -81,21 +81,23 @@ def opened(data: bytes, kind: str,
 # %% ../../nbs/fleet/envelope.ipynb #79d69060
 def rows_of(value) -> list:   # of rows, in order
     "The rows of an opened envelope, every one checked; `Refused` if one is not in order."
-    if type(value) is not dict or set(value) != {'edgenb_telemetry', 'device', 'rows'} or type(value['rows']) is not list: raise Refused('field')
+    if type(value) is not dict or set(value) != {'edgenb_telemetry', 'device', 'life', 'rows'} or type(value['rows']) is not list: raise Refused('field')
     if value['edgenb_telemetry'] != VERSION or type(value['edgenb_telemetry']) is not int: raise Refused('version')
-    if not is_hex(value['device'], 32): raise Refused('value')
+    if not is_hex(value['device'], 32) or not is_hex(value['life'], 8): raise Refused('value')
     for row in value['rows']:
         if check_row(row)['device'] != value['device']: raise Refused('device')
     if sorted((r['boot'], r['seq']) for r in value['rows']) != [(r['boot'], r['seq']) for r in value['rows']]: raise Refused('form')   # their order is no message either
     return value['rows']
 
-def sealed_rows(device: str, rows: list, signer) -> bytes:
+def sealed_rows(device: str,
+                life: str,      # 8 hex digits, drawn when the outbox was made: a device whose disk was replaced counts from nothing again
+                rows: list, signer) -> bytes:
     "An envelope of rows."
-    return seal({'edgenb_telemetry': VERSION, 'device': device, 'rows': rows}, ROWS, signer)
+    return seal({'edgenb_telemetry': VERSION, 'device': device, 'life': life, 'rows': rows}, ROWS, signer)
 
 def sealed_ack(device: str,
                mark: tuple | None,   # (boot, seq) up to which all is committed; None if nothing is
-               row: str | None,      # SHA-256 of the row with that mark
+               row: str | None,      # SHA-256 of the row with that mark; None: rows up to it are of another life of the device, and none of these was taken
                wait: int,            # seconds after which the device should send more, if it has more
                signer) -> bytes:
     "What a collector answers after its commit."

@@ -7,7 +7,7 @@ __all__ = ['EDGES', 'REFUSED', 'SUMS', 'SUM_ROWS', 'A_DAY', 'FULL', 'ANSWER', 'P
            'backoff', 'Outbox', 'batch', 'acknowledge', 'send', 'export_files', 'import_acks']
 
 # %% ../../nbs/fleet/outbox.ipynb #5e3d18a8
-import bisect, hashlib, json, math, random, sqlite3, threading, time
+import bisect, hashlib, json, math, random, secrets, sqlite3, threading, time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -90,6 +90,7 @@ def _database(path: Path) -> Iterator[sqlite3.Connection]:
 def _prepare(db):
     db.execute('CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID')
     db.execute('CREATE TABLE IF NOT EXISTS rows (boot INT, seq INT, model TEXT, minutes INT NOT NULL, handed_out INT NOT NULL DEFAULT 0, row TEXT NOT NULL, PRIMARY KEY (boot, seq)) WITHOUT ROWID')
+    db.execute("INSERT OR IGNORE INTO meta VALUES ('life', ?)", (secrets.randbits(32),))
 
 def _get(db, name, default): return next((v for v, in db.execute('SELECT value FROM meta WHERE name = ?', (name,))), default)
 def _set(db, **values): db.executemany('INSERT OR REPLACE INTO meta VALUES (?, ?)', list(values.items()))
@@ -205,7 +206,8 @@ def batch(box: Outbox, after: tuple = (-1, -1)   # (boot, seq): rows after this 
         if not rows: return None, after
         last = rows[-1]['boot'], rows[-1]['seq']
         db.execute('UPDATE rows SET handed_out = 1 WHERE (boot, seq) > (?, ?) AND (boot, seq) <= (?, ?) AND NOT handed_out', (*after, *last))
-    return sealed_rows(box.device, rows, box._signer), last
+        life = f"{int(_get(db, 'life', 0)):08x}"
+    return sealed_rows(box.device, life, rows, box._signer), last
 
 def acknowledge(box: Outbox, data: bytes   # what the collector answered
                ) -> dict:                  # {'gone': rows deleted, 'wait': seconds}
@@ -216,11 +218,12 @@ def acknowledge(box: Outbox, data: bytes   # what the collector answered
         if mark == (None, None): return {'gone': 0, 'wait': ack['wait']}
         mine = db.execute('SELECT row FROM rows WHERE boot = ? AND seq = ?', mark).fetchone()
         newest = int(_get(db, 'boot', -1)), int(_get(db, 'seq', -1))
-        if mark > newest or mine and hashlib.sha256(mine[0].encode()).hexdigest() != ack['row']:
+        of_another_life = ack['row'] is None and db.execute('SELECT 1 FROM rows WHERE boot <= ?', mark[:1]).fetchone()   # not when it comes a second time
+        if of_another_life or mark > newest or mine and ack['row'] and hashlib.sha256(mine[0].encode()).hexdigest() != ack['row']:
             _renumber(db, mark[0] + 1)
             box._boot = None if box._boot is None else mark[0] + 1
             return {'gone': 0, 'wait': 0}
-        gone = db.execute('DELETE FROM rows WHERE (boot, seq) <= (?, ?)', mark).rowcount if mine else 0
+        gone = db.execute('DELETE FROM rows WHERE (boot, seq) <= (?, ?)', mark).rowcount if mine and ack['row'] else 0
     return {'gone': gone, 'wait': ack['wait']}
 
 def _renumber(db, boot):
