@@ -15,6 +15,7 @@ import edgenb
 from .runtime import LIBRARIES, ready, runtime, untimed_threads
 from .drift import Detector
 from .core import EdgenbError, digest, digest_of, json_text, room, within, write_json
+from .golden import make_golden
 from .pipeline import Pipeline
 from .watch import Sketch, reference_of
 
@@ -63,7 +64,7 @@ def check_bundle(path: str | Path) -> dict:   # the manifest
     if text != json_text(manifest) or digest_of({k: v for k, v in manifest.items() if k != 'digest'}) != manifest.get('digest'): raise damaged('was changed after the bundle was made')
     model = manifest.get('model')
     if not (isinstance(manifest.get('runtime'), str) and isinstance(model, str) and {'pipeline.json', 'reference.sketch'} <= set(files) and any(f == model or f.startswith(f'{model}/') for f in files)): raise damaged('does not say what to run')
-    present = {p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file()} - {'manifest.json'}
+    present = {p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file()} - {'manifest.json', 'signature.dsse.json'}   # which edgenb.fleet.keys adds and checks
     if odd := sorted(present ^ set(files)): raise EdgenbError(f"{path}: {odd[0]} is {'missing' if odd[0] in files else 'not part of the bundle'}: copy the bundle again")
     for name, sha in files.items():
         if digest(path/name) != sha: raise EdgenbError(f'{path}/{name} was changed after the bundle was made (its digest differs): refused; copy the bundle again')
@@ -119,7 +120,9 @@ def _leaving(card) -> dict:
     return _portable(told | {'result': _nameless(card.result), 'asked': {k: one(k.replace('_', ' '), v) for k, v in card.asked.items()}})
 
 def pack(folder: Path, name: str, row: dict, model: Path, pipeline: Path, parity: Path, sketch: Sketch, cards: list, warnings: list,
-         detector: Detector | None = None) -> dict:
+         detector: Detector | None = None,
+         golden: dict = {}   # of `make_golden`: name -> content of the files of the check on the device
+        ) -> dict:
     "Write a bundle; returns its manifest. Refuses a row that failed."
     if row['verdict'] == 'fail': raise EdgenbError(f"ship: {row['artifact']} failed ({row['reason']}): no bundle is made of it")
     folder.mkdir(parents=True)
@@ -128,6 +131,9 @@ def pack(folder: Path, name: str, row: dict, model: Path, pipeline: Path, parity
     if not runtime(row['runtime']).missing(): runtime(row['runtime']).sources(model, folder)
     (folder/'reference.sketch').write_bytes(sketch.to_bytes())
     if detector: (folder/'drift.detector').write_bytes(detector.to_bytes())
+    for file, content in golden.items():
+        (folder/file).parent.mkdir(exist_ok=True)
+        (folder/file).write_bytes(content)
     write_json(folder/'card.json', {'lineage': [_leaving(c) for c in cards]})
     write_json(folder/'parity.json', _portable(json.loads(parity.read_text(encoding='utf-8'))))
     manifest = {'edgenb_bundle': FORMAT, 'edgenb': edgenb.__version__, 'name': name, 'artifact': row['artifact'], 'runtime': row['runtime'], 'precision': row['precision'],
@@ -167,11 +173,13 @@ def ship(run,
     embeddings = np.concatenate([load(steps.before(e.read())[None])['embedding'] for e in held])
     sketch = Sketch.fit(embeddings)
     detector, drift = drift_detector(embeddings, sketch.bandwidth, images_per_month, false_alarms_per_month)
+    budget, usual = run.card('verify').asked, [e.read() for e in held[:9]]
+    golden = make_golden(steps, load, row['precision'], usual, bool(engine.missing()), budget['latency_budget_ms'], budget['memory_budget_mb'])
     warnings = [f"the data gate '{g}' was overridden" for g in report['overridden_gates']]
     if row['verdict'] != 'pass': warnings.append(f"shipped although '{row['verdict']}': {row['reason']}")
     data = run.card('data').data
     if data != 'real': warnings.append(f'made from {data} data')
-    manifest = pack(run.new('bundle'), name, row, model, pipeline, run.file('verify', 'parity.json'), sketch, [run.card(c) for c in ('data', 'tune', 'squeeze', 'compile', 'verify')], warnings, detector)
+    manifest = pack(run.new('bundle'), name, row, model, pipeline, run.file('verify', 'parity.json'), sketch, [run.card(c) for c in ('data', 'tune', 'squeeze', 'compile', 'verify')], warnings, detector, golden)
     size = sum(p.stat().st_size for p in (run.out/'bundle').rglob('*') if p.is_file())
     return {'bundle': 'bundle', 'digest': manifest['digest'], 'artifact': row['artifact'], 'warnings': warnings, 'size_mb': round(size/1e6, 3), 'drift': drift}
 

@@ -463,18 +463,18 @@ def bundle(toy_run, tmp_path): return Path(shutil.copytree(bundle_of(toy_run), t
 def resealed(bundle, **changes):
     "Change the manifest and give it the right digests, as a newer edgenb or a careful forger would."
     manifest = json.loads((bundle/'manifest.json').read_text(encoding='utf-8'))
-    manifest |= {'files': {p.name: digest(p) for p in sorted(bundle.iterdir()) if p.name != 'manifest.json'}} | changes
+    manifest |= {'files': {p.relative_to(bundle).as_posix(): digest(p) for p in sorted(bundle.rglob('*')) if p.is_file() and p.name != 'manifest.json'}} | changes
     manifest = {k: v for k, v in manifest.items() if v is not None and k != 'digest'}
     write_json(bundle/'manifest.json', manifest | {'digest': digest_of(manifest)})
     return bundle
 
 
-FILES = ['manifest.json', 'model.onnx', 'pipeline.json', 'parity.json', 'reference.sketch', 'card.json']
+FILES = ['manifest.json', 'model.onnx', 'pipeline.json', 'parity.json', 'reference.sketch', 'card.json', 'golden.json', *(f'golden/{n}.png' for n in range(4))]
 
 
 def test_a_whole_bundle_is_loaded_and_holds_the_files_tested_here(bundle):
     assert load_bundle(bundle).manifest['artifact'] == 'onnxruntime-fp32' and load_bundle(resealed(bundle)).manifest['files']
-    assert sorted(p.name for p in bundle.iterdir()) == sorted(FILES)
+    assert sorted(p.relative_to(bundle).as_posix() for p in bundle.rglob('*') if p.is_file()) == sorted(FILES)
 
 
 @pytest.mark.parametrize('name', FILES)

@@ -398,7 +398,7 @@ def request(bundle, images, **changes):
     "What `remote_measure` sends."
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, 'w') as z:
-        for p in bundle.iterdir(): z.write(p, f'bundle/{p.name}')
+        for p in bundle.rglob('*'): z.write(p, f'bundle/{p.relative_to(bundle).as_posix()}')
         for p in images: z.write(p, f'images/{p.name}')
     header = {'protocol': PROTOCOL, 'edgenb': edgenb.__version__, 'size': len(packed.getvalue()), 'keep': False, 'choices': {'runs': 2, 'batches': []}} | changes
     return json.dumps(header).encode() + b'\n' + packed.getvalue()

@@ -121,7 +121,7 @@ def _of_a_device(d, day, week, last, minute, limits, ring, models):
     "(kind, True / None / False, words) of what can be said of one device by itself."
     quiet = minute - (d['received'] or d['enrolled'])
     yield 'silent', held_against(quiet, limits.silent_minutes), f'nothing was received for {hours(quiet)}' if d['received'] else 'it has never reported'
-    if last and last['model'] and models and last['model'] not in models: yield 'off-version', True, f"it runs {last['model'][:12]}, not {' or '.join(m[:12] for m in models)}" + (f" (update: {UPDATE_STATES[s]})" if (s := last['metrics'].get('edgenb.update.state', 99)) < len(UPDATE_STATES) else '')
+    if last and last['model'] and models and last['model'] not in models: yield 'off-version', True, f"it runs {last['model'][:12]}, not {' or '.join(m[:12] for m in models)}" + (f" (agent: {UPDATE_STATES[s]})" if (s := last['metrics'].get('edgenb.update.state', 99)) < len(UPDATE_STATES) else '')
     if not day: return
     if (hot := day['edgenb.device.temperature']) is not None: yield 'hot', held_against(last['metrics'].get('edgenb.device.temperature', hot), limits.hot), f"it is at {last['metrics'].get('edgenb.device.temperature', hot)} °C, {hot} °C at most today" + (f", slowed down {day['edgenb.device.throttled']} % of the time" if day['edgenb.device.throttled'] else '')
     if (free := last['metrics'].get('edgenb.device.disk.free')) is not None: yield 'low-disk', held_against(free/2**30, limits.disk_gb), f'{free/2**30:.2g} GB of its disk are free'

@@ -61,7 +61,7 @@ FEATURES = 256                                                             # of 
 EDGES_MS = tuple(round(2**(k/2), 4) for k in range(31))                    # 1 ms to 33 s: upper edges of the latency bins; the last bin is open
 CONFIDENCE = tuple(round(k/10, 1) for k in range(1, 10))                   # upper edges of the confidence bins
 UNIT_SUMS = 16                                                             # a mean cosine of 1.0 is sent as 16
-UPDATE_STATES = ('idle', 'downloading', 'assembling', 'checking', 'ready', 'switching', 'trying', 'confirmed', 'rolled-back', 'failed', 'paused')   # their place is what is sent
+UPDATE_STATES = ('START', 'IDLE', 'CHECK', 'FETCH', 'STAGE', 'PROVE', 'SWITCH', 'TRIAL', 'COMMIT', 'ROLL_BACK', 'BACK_OFF')   # of `edgenb.agent.machine`; their place is what is sent
 
 def _count(name, unit, what, high=2**20, digits=10): return Metric(name, unit, 'counter', high, digits, what)
 def _gauge(name, unit, what, high, digits, **kw): return Metric(name, unit, 'gauge', high, digits, what, **{'merge': 'max', **kw})
@@ -85,7 +85,9 @@ METRICS = {m.name: m for m in (
     Metric('edgenb.drift.sums', '1', 'sums', UNIT_SUMS, 5, 'mean random Fourier features, in sixteenths', low=-UNIT_SUMS, size=FEATURES, least=512),
     _count('edgenb.drift.rows', '{decision}', 'decisions in the sums'),
     _gauge('edgenb.update.state', '1', 'place in the list of states of an update', 15, 4, merge='last'),
+    _count('edgenb.update.fallback.count', '{fallback}', 'times that the agent went back to the slot before', 2**10, 4),
     _gauge('edgenb.update.try.count', '{try}', 'tries of the newest slot', 15, 4, merge='last'),
+    _gauge('edgenb.agent.health', '1', 'health check of the other slot: 1 passed, 0 failed (the lowest)', 1, 1, merge='min'),
     _gauge('edgenb.agent.version', '1', 'major·10⁴ + minor·10² + patch', 999_999, 20, merge='last'),
     _count('edgenb.interval.duration', 'min', 'time that the row is about', 2**20, 8),
     _gauge('edgenb.telemetry.queue', '{row}', 'rows waiting on the device', 2**17, 6, merge='last'),

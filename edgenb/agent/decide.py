@@ -1,0 +1,126 @@
+"""What the signed campaigns ask of this device: pure functions, so that every answer can be explained and tested. Written by hand, not exported."""
+import datetime, hashlib, re
+from dataclasses import dataclass
+import edgenb
+from edgenb.core import EdgenbError
+from .storage import Device, Journal
+
+FORMAT = 1   # of campaigns.json and of a release
+DAYS = ('mon', 'tue', 'wed', 'thu', 'fri', 'sat', 'sun')
+STATES = ('running', 'paused', 'rolled-back', 'aborted', 'complete')
+HEX = re.compile(r'[0-9a-f]{64}')
+
+
+@dataclass(frozen=True)
+class Decision:
+    "What to do, and why in words."
+    release: str | None      # digest of the bundle that this device should run; None: leave it as it is
+    why: str
+    campaign: str = ''
+    now: bool = True         # may it be switched on now, or only fetched
+    windows: tuple = ()      # of the campaign
+    agent: str = '0'         # oldest agent that the campaign takes
+
+
+def version_tuple(text: str) -> tuple:
+    "A version as numbers, so that 0.10 is newer than 0.9."
+    return tuple(int(n) for n in re.findall(r'\d+', str(text))[:4])
+
+
+def days(text: str) -> set:
+    "Days of the week from 'mon-fri' or 'sat,sun'."
+    found = set()
+    for part in text.lower().replace(' ', '').split(','):
+        first, _, last = part.partition('-')
+        if first not in DAYS or (last and last not in DAYS): raise EdgenbError(f"window: days '{text}' are not known; write 'mon-fri' or 'sat,sun'")
+        a, b = DAYS.index(first), DAYS.index(last or first)
+        found |= {d % 7 for d in range(a, (b if b >= a else b + 7) + 1)}
+    return found
+
+
+def minutes(text: str) -> int:
+    "Minutes since midnight from 'HH:MM'."
+    m = re.fullmatch(r'(\d{1,2}):(\d{2})', text)
+    if not m or int(m[1]) > 24 or int(m[2]) > 59: raise EdgenbError(f"window: '{text}' is not a time of day such as 22:00")
+    return int(m[1])*60 + int(m[2])
+
+
+def is_open(windows: list,                # of {'days', 'from', 'to'}; [] = any time
+            at: datetime.datetime         # the device's local time
+           ) -> bool:
+    "Whether a window is open. One that ends before it begins goes on past midnight and belongs to the day it began on."
+    at_minutes, day = at.hour*60 + at.minute, at.weekday()
+    for w in windows:
+        on, start, end = days(w.get('days', 'mon-sun')), minutes(w['from']), minutes(w['to'])
+        if start < end and day in on and start <= at_minutes < end: return True
+        if start >= end and (day in on and at_minutes >= start or (day - 1) % 7 in on and at_minutes < end): return True
+    return not windows
+
+
+def until_open(windows: list, at: datetime.datetime) -> int:   # seconds
+    "How long until a window opens; 0 while one is open, a week if none ever does."
+    return next((m*60 for m in range(0, 7*24*60 + 1, 5) if is_open(windows, at + datetime.timedelta(minutes=m))), 7*24*3600)
+
+
+def in_words(windows) -> str: return ' or '.join(f"{w.get('days', 'mon-sun')} {w['from']}-{w['to']}" for w in windows) or 'any time'
+
+
+def takes_part(campaign: dict, device: Device) -> bool:
+    "Whether the device's hash lies at or below the cutoff of its stratum (site/hardware). A device cannot choose its hash, and the seed differs from campaign to campaign."
+    cutoff = campaign['cutoffs'].get(device.stratum, campaign['cutoffs'].get('*', ''))
+    return hashlib.sha256(f"{campaign['seed']}:{device.id}".encode()).hexdigest() <= cutoff
+
+
+def _sound(c) -> bool:
+    "A campaign has the fields that a decision needs, of the kinds that it needs."
+    return (isinstance(c, dict) and all(isinstance(c.get(k), str) for k in ('id', 'name', 'release', 'state', 'seed')) and bool(HEX.fullmatch(c['release']))
+            and (c.get('replaces') is None or isinstance(c['replaces'], str) and bool(HEX.fullmatch(c['replaces']))) and isinstance(c.get('cutoffs'), dict)
+            and all(isinstance(v, str) for v in c['cutoffs'].values()) and isinstance(c.get('windows', []), list))
+
+
+def decide(document: dict,                # campaigns.json, verified
+           device: Device, journal: Journal,
+           at: datetime.datetime,         # the device's local time
+           version: str = edgenb.__version__   # of this agent
+          ) -> Decision:
+    "What the campaigns ask of this device."
+    def stay(why, campaign=''): return Decision(None, why, campaign)
+    if not isinstance(document, dict) or document.get('edgenb_campaigns') != FORMAT or not isinstance(document.get('campaigns'), list):
+        return stay(f'the campaigns are of a format that this agent ({version}) does not know: install a newer edgenb')
+    mine = [c for c in document['campaigns'] if isinstance(c, dict) and (not device.model or c.get('name') == device.model)]
+    names = sorted({str(c.get('name')) for c in mine})
+    if not names: return stay(f"no campaign is about {device.model or 'any model'}")
+    if len(names) > 1: return stay(f"the campaigns name several models ({', '.join(names)}): enrol this device with --model")
+    c = mine[-1]   # a later campaign supersedes the earlier ones
+    if not _sound(c): return stay(f"campaign {c.get('id', '?')} is damaged or of a format that this agent does not know")
+    if c['state'] not in STATES: return stay(f"campaign {c['id']} is '{c['state']}', which this agent ({version}) does not know: install a newer edgenb", c['id'])
+    if version_tuple(c.get('agent', '0')) > version_tuple(version): return stay(f"campaign {c['id']} needs agent {c['agent']}, this is {version}: install a newer edgenb", c['id'])
+    return _timed(_wanted(c, device, journal), c, journal, at)
+
+
+def _wanted(c: dict, device: Device, journal: Journal) -> Decision:
+    "Which release the campaign wants here."
+    held, back, name = journal.serving(), c.get('replaces'), f"campaign {c['id']}"
+    on_it = held is not None and held.digest == c['release']
+    known_good = Decision(back, f"{name} is {c['state']}; devices outside it run what it replaces", c['id']) if back else Decision(None, f"{name} is {c['state']} and names nothing to run meanwhile", c['id'])
+    reason = f": {c['reason']}" if c.get('reason') else ''
+    if c['state'] == 'rolled-back':
+        if not on_it: return known_good if held is None else Decision(None, f'{name} was rolled back{reason}; this device is not on it', c['id'])
+        return Decision(back, f'{name} was rolled back{reason}', c['id']) if back else Decision(None, f'{name} was rolled back{reason}, but names nothing to go back to: the model stays', c['id'])
+    if on_it: return Decision(None, f'{name} ({c["state"]}): this device runs its release', c['id'])
+    if c['state'] in ('paused', 'aborted'): return known_good if held is None else Decision(None, f"{name} is {c['state']}{reason}: nothing new is installed", c['id'])
+    if c['state'] == 'complete': return Decision(c['release'], f'{name} is complete: every device runs its release', c['id'])
+    stage = f"stage {c['stages'][c['stage']]} %" if isinstance(c.get('stages'), list) and isinstance(c.get('stage'), int) and 0 <= c['stage'] < len(c['stages']) else 'its stage'
+    if takes_part(c, device): return Decision(c['release'], f'{name}, {stage}: this device takes part ({device.stratum})', c['id'])
+    if back and (held is None or held.digest != back): return known_good
+    return Decision(None, f'{name}, {stage}: this device does not take part yet ({device.stratum})', c['id'])
+
+
+def _timed(d: Decision, c: dict, journal: Journal, at: datetime.datetime) -> Decision:
+    "Quarantine and maintenance windows. A device that serves nothing waits for no window."
+    if d.release is None or (journal.serving() and journal.serving().digest == d.release): return Decision(None, d.why, d.campaign)
+    failed = journal.tries.get(d.release)
+    if failed and failed['quarantined'] and failed['campaign'] == d.campaign: return Decision(None, f"{d.why}, but release {d.release[:12]}… failed here ({failed['reason']}): not tried again until another campaign names it", d.campaign)
+    try: now = journal.serving() is None or is_open(c.get('windows', []), at)
+    except (EdgenbError, KeyError, TypeError, AttributeError) as e: return Decision(None, f'campaign {d.campaign}: its maintenance windows cannot be read ({e})', d.campaign)
+    return Decision(d.release, d.why, d.campaign, now, tuple(c.get('windows', [])), str(c.get('agent', '0')))
