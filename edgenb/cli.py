@@ -7,11 +7,11 @@ __all__ = ['COMMANDS', 'GROUPS', 'GIVEN', 'AGENT', 'DB', 'EXPECT', 'argument', '
            'command_sweep', 'command_predict', 'command_verify', 'command_compare', 'command_fit', 'command_weights',
            'command_doctor', 'command_completion', 'command_card', 'command_open', 'command_new', 'command_agent_enrol',
            'command_agent_poll', 'command_agent_run', 'command_agent_status', 'command_agent_rollback',
-           'command_collect_serve', 'command_collect_mqtt', 'command_collect_import', 'command_collect_enrol',
-           'command_collect_accept', 'command_collect_retire', 'command_collect_devices', 'command_collect_key',
-           'command_collect_rollup', 'command_collect_table', 'command_fleet_status', 'command_fleet_alerts',
-           'command_feedback_keygen', 'command_feedback_consent', 'command_feedback_withdraw',
-           'command_feedback_export', 'command_feedback_import', 'parser', 'main']
+           'command_agent_telemetry', 'command_agent_export_telemetry', 'command_collect_serve', 'command_collect_mqtt',
+           'command_collect_import', 'command_collect_enrol', 'command_collect_accept', 'command_collect_retire',
+           'command_collect_devices', 'command_collect_key', 'command_collect_rollup', 'command_collect_table',
+           'command_fleet_status', 'command_fleet_alerts', 'command_feedback_keygen', 'command_feedback_consent',
+           'command_feedback_withdraw', 'command_feedback_export', 'command_feedback_import', 'parser', 'main']
 
 # %% ../nbs/17_cli.ipynb #61b96ae7
 import argparse, sys
@@ -341,6 +341,31 @@ def command_agent_rollback(args):
     "go back to the model before, by hand; the one that is left is not taken again until another campaign names it"
     from edgenb.agent.service import place, roll_back
     print(roll_back(place(args.root)))
+
+# %% ../nbs/17_cli.ipynb #f7e10005
+@command(AGENT, argument('--collector', default='', metavar='HEX', help='the public key of the collector, as edgenb collect enrol prints it'),
+         argument('--url', default='', metavar='URL', help='https://HOST/v1/rows, or mqtts://HOST; without it by stick only'), argument('--minutes', type=int, default=60, help='between rows (default 60)'), group='agent')
+def command_agent_telemetry(args):
+    "print this device's public key for telemetry; with --collector, say whom it reports to"
+    from edgenb.agent.service import place
+    from edgenb.agent.storage import load_device
+    from edgenb.fleet.reporter import configure, public_key
+    root = place(args.root)
+    device = load_device(root)
+    if args.collector: configure(root, args.collector, args.url, args.minutes)
+    print(public_key(root))
+    print(f"reports {f'to {args.url}' if args.url else 'by stick'} from the next start of the agent on" if args.collector else f'let it in: edgenb collect enrol --db FILE --public {public_key(root)} --id {device.id} --site {device.site} --hardware {device.hardware}')
+
+@command(argument('stick', metavar='FOLDER', help='of the stick'), AGENT, group='agent')
+def command_agent_export_telemetry(args):
+    "write what waits to a stick, and take the acknowledgement it brings"
+    from edgenb.agent.service import place
+    from edgenb.agent.storage import load_device
+    from edgenb.core import EdgenbError
+    from edgenb.fleet.reporter import by_stick, outbox_at
+    root = place(args.root)
+    if (box := outbox_at(root, load_device(root).id)) is None: raise EdgenbError(f'{root} reports to nobody: edgenb agent telemetry --collector …')
+    print(by_stick(box, args.stick))
 
 # %% ../nbs/17_cli.ipynb #f7e10002
 GROUPS['collect'] = 'the telemetry of a fleet: let devices in, take what they say, each row once'

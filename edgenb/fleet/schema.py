@@ -86,7 +86,6 @@ METRICS = {m.name: m for m in (
     _count('edgenb.drift.rows', '{decision}', 'decisions in the sums'),
     _gauge('edgenb.update.state', '1', 'place in the list of states of an update', 15, 4, merge='last'),
     _count('edgenb.update.fallback.count', '{fallback}', 'times that the agent went back to the slot before', 2**10, 4),
-    _gauge('edgenb.update.try.count', '{try}', 'tries of the newest slot', 15, 4, merge='last'),
     _gauge('edgenb.agent.health', '1', 'health check of the other slot: 1 passed, 0 failed (the lowest)', 1, 1, merge='min'),
     _gauge('edgenb.agent.version', '1', 'major·10⁴ + minor·10² + patch', 999_999, 20, merge='last'),
     _count('edgenb.interval.duration', 'min', 'time that the row is about', 2**20, 8),
