@@ -132,6 +132,7 @@ class Machine:
         if outcome == 'wait': self.why = why; return self.state
         self.last[before] = why
         if outcome in ('failure', 'timeout') and before != 'IDLE': self.failures += 1
+        if before == 'ROLL_BACK': self.observe('edgenb.update.fallback.count', 1)
         self.go(getattr(row, outcome), why)
         return self.state
 

@@ -130,13 +130,22 @@ class Agent:
 # -- the commands
 def run(root: Path, port: int | None = None):
     "`edgenb agent run`: SIGTERM and SIGINT end it cleanly, SIGHUP makes it look now."
-    with Agent(root) as agent:
+    from edgenb.fleet.reporter import Reporter, outbox_at, setup_of
+    box = outbox_at(root, load_device(root).id)
+    with Agent(root, observe=box and box.observe) as agent, contextlib.ExitStack() as beside:
         for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, lambda *a: agent.stop())
         signal.signal(signal.SIGHUP, lambda *a: agent.wake(poll=not (agent.root/'request.json').exists()))
         agent.machine.step()   # serve first
+        if box: beside.callback(Reporter(box, root, setup_of(root), lambda: _told(agent.machine)).start().stop)
         print(f'edgenb agent: device {agent.device.id}, http://127.0.0.1:{agent.listen(port)}, {agent.machine.why}', flush=True)
         agent.run()
     print('edgenb agent: stopped', flush=True)
+
+
+def _told(machine) -> dict:
+    "What telemetry says of the machine."
+    held = machine.journal.serving()
+    return {'model': held.digest if held else None, 'state': machine.state}
 
 
 def hand_over(root: Path, request: dict) -> int | None:   # the process
