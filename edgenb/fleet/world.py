@@ -6,12 +6,12 @@
 __all__ = ['STATES', 'OLD', 'FETCHING', 'READY', 'INSTALLING', 'OFF', 'NEW', 'BACK', 'REFUSED', 'WINDOW_H', 'HAPPENS', 'World',
            'stream', 'Fleet', 'make_fleet', 'opens', 'Devices', 'publish', 'advance']
 
-# %% ../../nbs/fleet/world.ipynb #78a2beca
+# %% ../../nbs/fleet/world.ipynb #d03e0990
 from dataclasses import dataclass, fields, replace
 import numpy as np
 from ..core import EdgenbError, did_you_mean, within
 
-# %% ../../nbs/fleet/world.ipynb #9b86e46e
+# %% ../../nbs/fleet/world.ipynb #16aa696c
 @dataclass(frozen=True)
 class World:
     "What is assumed of a fleet and of the model that is rolled out. Times are hours, rates per hour, shares between 0 and 1."
@@ -50,9 +50,14 @@ class World:
     crash_factor: float = 1.0       # of the new model (on `worse_on`)
     latency_ms: float = 20.0        # median of the old model
     latency_factor: float = 1.0     # of the new model (on `worse_on`)
+    rss_mb: float = 180.0           # memory of the old model
+    rss_factor: float = 1.0         # of the new model (on `worse_on`)
+    drift_h: float = 0.0002         # drift alarms, of either model
+    unsure: float = 0.1             # share of decisions of the old model with a confidence below 0.7
+    unsure_change: float = 0.0      # what the new model adds to it (on `worse_on`)
 
     def __post_init__(self):
-        shares = ('poor_links', 'silent', 'windowed', 'power_loss', 'bad_disks', 'skewed', 'labelled', 'error', 'unhealthy', 'season', 'device_sd')
+        shares = ('poor_links', 'silent', 'windowed', 'power_loss', 'bad_disks', 'skewed', 'labelled', 'error', 'unhealthy', 'season', 'device_sd', 'unsure')
         within('world', 0, 1, **{n: getattr(self, n) for n in shares})
         within('world', 1, **{n: getattr(self, n) for n in ('devices', 'plants', 'tries')})
         within('world', 1e-6, **{n: getattr(self, n) for n in ('poll_h', 'up_h', 'down_h', 'poor_up_h', 'poor_down_h', 'fetch_h', 'install_h', 'outage_h', 'clock_fixed_h', 'document_life_h', 'decisions_h', 'baseline_h', 'season_h', 'latency_ms')})
@@ -61,7 +66,7 @@ class World:
         for h in self.worse_on:
             if h not in dict(self.hardware): raise EdgenbError(f'world: worse_on names no hardware class {h}.{did_you_mean(h, dict(self.hardware))}')
 
-# %% ../../nbs/fleet/world.ipynb #2b49b45c
+# %% ../../nbs/fleet/world.ipynb #d158e94d
 def stream(seed: int,
            device: np.ndarray,   # numbers of devices
            count: np.ndarray     # how many numbers each has drawn before
@@ -73,7 +78,7 @@ def stream(seed: int,
         z = z ^ (z >> np.uint64(31))
     return ((z >> np.uint64(11)).astype(float) + 0.5)*2.0**-53
 
-# %% ../../nbs/fleet/world.ipynb #811be8a8
+# %% ../../nbs/fleet/world.ipynb #e5519a2f
 @dataclass(frozen=True)
 class Fleet:
     "Devices as arrays of the same length: what does not change."
@@ -87,7 +92,8 @@ class Fleet:
     bad_disk: np.ndarray      # bool
     clock_ok: np.ndarray      # hours from now until its clock is right; 0: it is
     error: np.ndarray         # of the old model
-    change: np.ndarray        # what the new one adds
+    worse: np.ndarray         # bool: the new one may be worse on its hardware
+    change: np.ndarray        # what the new one adds to the error
     unhealthy: np.ndarray     # bool: the health check fails
     labels_h: np.ndarray      # labelled decisions per hour
     delay: np.ndarray         # hours until a label is there
@@ -117,10 +123,10 @@ def make_fleet(world: World, seed: int = 0) -> Fleet:
     night = (22.0 - rng.integers(0, 24) - rng.integers(-1, 2, w.plants)[site] - np.where(skewed & ~ahead, rng.normal(0, 4, n), 0)) % 24   # plants lie in three time zones
     worse = np.isin(hardware, [i for i, (h, _) in enumerate(w.hardware) if h in w.worse_on]) if w.worse_on else np.ones(n, bool)
     return Fleet(w, seed, site, hardware, np.where(poor, 1/w.poor_up_h, 1/w.up_h), np.where(silent, 0.0, np.where(poor, 1/w.poor_down_h, 1/w.down_h)), np.where(some(w.windowed), night, np.nan), some(w.bad_disks),
-                 np.where(skewed & ahead, rng.exponential(w.clock_fixed_h, n), 0.0), np.clip(rng.normal(w.error, w.device_sd, n), 0.001, 0.999), np.where(worse, w.change, 0.0), worse & some(w.unhealthy),
+                 np.where(skewed & ahead, rng.exponential(w.clock_fixed_h, n), 0.0), np.clip(rng.normal(w.error, w.device_sd, n), 0.001, 0.999), worse, np.where(worse, w.change, 0.0), worse & some(w.unhealthy),
                  w.decisions_h*w.labelled*rng.uniform(0.5, 1.5, n), w.label_delay_h*rng.uniform(0.5, 1.5, n), float(rng.uniform(0, 2*np.pi)))
 
-# %% ../../nbs/fleet/world.ipynb #31251e82
+# %% ../../nbs/fleet/world.ipynb #0651dbf4
 STATES = ('old', 'fetching', 'ready', 'installing', 'off', 'new', 'back', 'refused')
 OLD, FETCHING, READY, INSTALLING, OFF, NEW, BACK, REFUSED = range(8)
 WINDOW_H = 6.0   # 22:00 to 04:00
@@ -130,7 +136,7 @@ def opens(window: np.ndarray, t: np.ndarray) -> np.ndarray:
     since = (t - window) % 24
     return np.where(np.isnan(window) | (since < WINDOW_H), t, t + 24 - since)
 
-# %% ../../nbs/fleet/world.ipynb #113f573e
+# %% ../../nbs/fleet/world.ipynb #13e39dbc
 class Devices:
     "A fleet on its way: what changes. Time is in hours since the campaign began."
     def __init__(self, fleet: Fleet):
@@ -138,7 +144,7 @@ class Devices:
         self.state, self.tries, self.drawn = np.zeros(n, np.int8), np.zeros(n, np.int8), np.zeros(n, np.uint32)
         self.due, self.since, self.left = np.full(n, np.inf), np.full(n, np.inf), np.full(n, np.inf)   # next event; when it became new, and when it went back
         self.fetch, self.seen, self.contact = np.full(n, fleet.world.fetch_h), np.full(n, -np.inf), np.full(n, -np.inf)   # hours of fetching left; last sight of a campaign that was acted on; last contact
-        self.link_at, self.link = np.full(n, -1e9), np.ones(n, bool)
+        self.link_at, self.link, self.failed_at = np.full(n, -1e9), np.ones(n, bool), np.full(n, -np.inf)   # link when last asked; last install that fell back
         self.asked, self.mode, self.events, self.losses = np.zeros(n, bool), 'running', 0, 0
 
     def draw(self, i):
@@ -166,7 +172,7 @@ class Devices:
     def wanted(self, i): return self.asked[i] & (self.mode == 'running')
     def counts(self) -> dict: return dict(zip(STATES, np.bincount(self.state, minlength=8).tolist()))
 
-# %% ../../nbs/fleet/world.ipynb #e5aeb480
+# %% ../../nbs/fleet/world.ipynb #b8bf643c
 def _contact(d, i, t):
     "Devices on the old model look at the campaign."
     up = d.link_up(i, t)
@@ -204,7 +210,7 @@ def _fetching(d, i, t):
     d.state[i[whole]], d.due[i[whole]] = READY, opens(d.fleet.window[i[whole]], t[whole])
     _fetch_on(d, i[~whole], t[~whole])
 
-# %% ../../nbs/fleet/world.ipynb #fcc318d8
+# %% ../../nbs/fleet/world.ipynb #6ba76d40
 def _ready(d, i, t):
     "The window is open: install what is still wanted, as far as the device knows."
     later = opens(d.fleet.window[i], t) > t
@@ -231,6 +237,7 @@ def _installed(d, i, t):
     no = ~lost & ((~broken & d.fleet.unhealthy[i]) | (broken & (d.tries[i] >= w.tries)))
     d.state[i[no]], d.due[i[no]] = REFUSED, np.inf
     fine = ~lost & ~broken & ~d.fleet.unhealthy[i]
+    d.failed_at[i[~fine]] = t[~fine]
     i, t = i[fine], t[fine]
     d.state[i], d.since[i] = NEW, t
     d.due[i] = np.inf if d.mode != 'rolled-back' else t + d.draw(i)*w.poll_h     # it was out of reach when the campaign was rolled back
@@ -249,7 +256,7 @@ def _contact_new(d, i, t):
     d.due[i] = np.inf
     if d.mode == 'rolled-back': d.state[i], d.left[i] = BACK, t
 
-# %% ../../nbs/fleet/world.ipynb #81d62097
+# %% ../../nbs/fleet/world.ipynb #3e0b2796
 def publish(d: Devices,
             asked: np.ndarray,         # bool: devices that the campaign asks to run the new model
             mode: str = 'running',     # 'running', 'paused' or 'rolled-back'
