@@ -84,11 +84,14 @@ def quotas(names, sizes, share: float, seed: str):   # -> (s,) int: devices of e
     sizes, total = np.asarray(sizes), int(np.sum(sizes))
     wanted = min(total, max(1, int(share/100*total + 0.5))) if share else 0
     order = first_seats(names, sizes, seed)[:wanted]
-    seats = np.bincount(order, minlength=len(sizes))
-    of = np.repeat(np.arange(len(sizes)), sizes - seats)                              # every seat that may still be given, by its stratum
-    nth = np.arange(len(of)) - np.repeat(np.cumsum(sizes - seats) - (sizes - seats), sizes - seats) + seats[of]
+    seats, (kinds, kind) = np.bincount(order, minlength=len(sizes)), np.unique([str(n).split('/')[-1] for n in names], return_inverse=True)
+    of = np.repeat(np.arange(len(sizes)), free := sizes - seats)                      # every seat that may still be given, by its stratum
+    nth = np.arange(len(of)) - np.repeat(np.cumsum(free) - free, free) + seats[of]
     lot = np.argsort(np.argsort(ranks(seed, names)))
-    by = np.lexsort((lot[of], -(sizes[of]/(2*nth + 1))))[:wanted - len(order)]
+    of = of[np.lexsort((lot[of], -(sizes[of]/(2*nth + 1)), kind[of]))]                # within a kind, in the order in which they are given
+    free, had, size = (np.bincount(kind, v, len(kinds)).astype(int) for v in (free, seats, sizes))
+    nth = np.arange(len(of)) - np.repeat(np.cumsum(free) - free, free) + had[kind[of]]
+    by = np.lexsort((kind[of], -(size[kind[of]]/(2*nth + 1))))[:wanted - len(order)]
     return seats + np.bincount(of[by], minlength=len(sizes))
 
 # %% ../../nbs/fleet/cohorts.ipynb #3d490417
