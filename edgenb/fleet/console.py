@@ -6,7 +6,7 @@
 __all__ = ['SIGNS', 'MOST_SIGNS', 'ACTIONS', 'Board', 'alerts_of', 'board_of', 'cell', 'map_html', 'exposure_figure',
            'guard_figure', 'guards_table', 'log_table', 'in_words', 'signed_html', 'console']
 
-# %% ../../nbs/fleet/console.ipynb #dfe9bb85
+# %% ../../nbs/fleet/console.ipynb #7ed7f33d
 import html, json
 from dataclasses import dataclass, field
 from typing import Callable
@@ -16,7 +16,7 @@ from ..panel import Panel, as_html, figure_html, table
 from .simulate import Rehearsal
 from .world import STATES
 
-# %% ../../nbs/fleet/console.ipynb #e23881a8
+# %% ../../nbs/fleet/console.ipynb #62350654
 @dataclass(frozen=True, eq=False)
 class Board:
     "A campaign for the console: one entry a look at the fleet."
@@ -59,7 +59,7 @@ def board_of(r: Rehearsal) -> Board:
     return Board(f'{r.world.devices:,} devices in {r.world.plants} plants', True, r.sites, r.hardware, [l['hour'] for l in r.looks], r.grid, [l['state'] for l in r.looks], [l['percent'] for l in r.looks],
                  [l['exposed'] for l in r.looks], figures, r.log, alerts_of(r))
 
-# %% ../../nbs/fleet/console.ipynb #0a71508d
+# %% ../../nbs/fleet/console.ipynb #b2a097dd
 SIGNS = {'old': ('□', '#8a8a8a', 'old model'), 'fetching': ('◔', '#3a93c8', 'fetching'), 'ready': ('◑', '#3a93c8', 'waits for its window'), 'installing': ('◕', '#3a93c8', 'installing'), 'off': ('○', '#c98a00', 'without power'),
          'new': ('■', '#1f6fb5', 'new model'), 'back': ('◇', '#0f8a63', 'went back'), 'refused': ('✗', '#d1495b', 'refused it')}   # state -> sign, colour (legible on white and on black), words
 MOST_SIGNS = 24   # in a cell of the map
@@ -84,7 +84,7 @@ def map_html(b: Board, look: int) -> str:
     many = '' if per == 1 else f' A sign stands for up to {per:,} devices.'
     return f'<p><small>{legend}.{many}</small></p><table><caption>{esc(b.title)}{" (simulated)" if b.simulated else ""}, hour {b.hours[look]:g}</caption><thead>{head}</thead><tbody>{rows}</tbody></table>'
 
-# %% ../../nbs/fleet/console.ipynb #2d1d2492
+# %% ../../nbs/fleet/console.ipynb #99a67161
 def _figure(b, title, y, **layout):
     import plotly.graph_objects as go
     figure = go.Figure(layout=dict(title=title + (' (simulated)' if b.simulated else ''), xaxis_title='hours since the campaign began', yaxis_title=y, template='plotly_white', width=760, height=330, **layout))
@@ -123,7 +123,7 @@ def log_table(b: Board, look: int) -> str:
     alarms = [[f"{a['hour']:.0f}", a['where'], a['what']] for a in b.alerts if a['hour'] <= now]
     return decided + (table(['hour', 'where', 'what'], alarms, 'alerts') if alarms else '<p>No alerts.</p>')
 
-# %% ../../nbs/fleet/console.ipynb #baa4a2d6
+# %% ../../nbs/fleet/console.ipynb #42a73c67
 def in_words(b: Board, look: int) -> str:
     "One line: where the campaign is."
     now = b.grid[look].sum((0, 1))
@@ -152,7 +152,7 @@ def console(source,                        # a Board, a Rehearsal, or a function
     panel = Panel('campaign console', paper, lambda: _console_widget(panel, read, act))
     return panel
 
-# %% ../../nbs/fleet/console.ipynb #3cd359b9
+# %% ../../nbs/fleet/console.ipynb #24accdd0
 def _console_widget(panel, read, act):
     "The console on a screen: a slider over the looks, the map, the figures, and two buttons."
     import ipywidgets as w
@@ -162,20 +162,23 @@ def _console_widget(panel, read, act):
     reason = w.Text(description='Because', placeholder='the reason is signed with the rest', tooltip='why the campaign is paused or rolled back', layout=w.Layout(width='36em'))
     buttons = {a: w.Button(description=text, tooltip=tip if act else 'nobody signs here: pass act=', button_style=style, disabled=act is None) for a, (text, tip, style) in ACTIONS.items()}
     refresh, status, signed, view, guards = w.Button(description='Look again', tooltip='read the campaign anew'), w.HTML(), w.HTML(), w.HTML(), w.HTML()
-    state = {'board': b}
+    state = {'board': b, 'quiet': False}
     def say(text): status.value = f"<div role='status' aria-live='polite'>{html.escape(text)}</div>"
     def watched(_=None):
+        if state['quiet']: return
         b = state['board']
         guards.value = (figure_html(guard_figure(b, guard.value, look.value), f'{guard.value} over time with its boundary; the table has the last values') if guard.value in b.figures else '') + (guards_table(b, look.value) if b.figures else '')
     def draw(_=None):
+        if state['quiet']: return
         b = state['board']
         say(in_words(b, look.value))
         view.value = map_html(b, look.value) + figure_html(exposure_figure(b, look.value), f'Share of the fleet on the new model; {b.exposed[look.value]:.1%} ever exposed at this hour') + log_table(b, look.value)
         watched()
     def again(_=None):
         b = state['board'] = read()
-        with look.hold_trait_notifications(): look.options = _looks(b); look.value = len(b.hours) - 1
-        guard.options = list(b.figures) or ['nothing']
+        state['quiet'] = True
+        look.options, guard.options = _looks(b), list(b.figures) or ['nothing']
+        look.value, state['quiet'] = len(b.hours) - 1, False
         draw()
     def do(action):
         if not reason.value.strip(): say(f'Why? Type the reason, then press {ACTIONS[action][0]} again: it is signed with the rest.'); reason.focus(); return
