@@ -144,3 +144,55 @@ def test_a_paused_campaign_installs_nothing_more_where_the_link_is_up():
     assert d.counts()['new'] == there > 100 and d.counts()['ready'] == 0
     publish(d, np.ones(500, bool)); advance(d, 200)
     assert d.counts()['new'] > 480
+
+
+# ---- campaigns
+
+from functools import partial  # noqa: E402
+from edgenb.fleet.simulate import installs, peeked, rehearse, rehearse_many, summary  # noqa: E402
+
+SMALL = World(devices=80, plants=4)
+
+
+def test_a_seed_gives_the_same_campaign_and_another_seed_another():
+    a, b, c = rehearse(SMALL, 5), rehearse(SMALL, 5), rehearse(SMALL, 6)
+    assert a.outcome == b.outcome and a.log == b.log and (a.grid == b.grid).all() and a.looks == b.looks
+    assert a.outcome != c.outcome
+
+
+def test_every_look_counts_every_device_once():
+    r = rehearse(ROUGH, 2)
+    assert (r.grid.sum((1, 2, 3)) == ROUGH.devices).all() and len(r.grid) == len(r.looks) and (np.diff([l['exposed'] for l in r.looks]) >= 0).all()
+
+
+def test_interrupted_rehearsals_go_on_where_they_were(tmp_path, monkeypatch):
+    import edgenb.fleet.simulate as simulate
+    whole, true, calls = rehearse_many(SMALL, range(6), installs), simulate.rehearse, []
+    def counted(world, seed, *a, **kw):
+        calls.append(seed)
+        if len(calls) == 4: raise KeyboardInterrupt
+        return true(world, seed, *a, **kw)
+    monkeypatch.setattr(simulate, 'code_digest', lambda f: f.__name__)
+    monkeypatch.setattr(simulate, 'rehearse', counted); counted.__name__ = 'rehearse'
+    monkeypatch.setattr(simulate, '_pieces', lambda world, seeds, *a: ([{'seed': s} | counted(world, s, installs, pictures=False).outcome] for s in seeds))
+    with pytest.raises(KeyboardInterrupt): rehearse_many(SMALL, range(6), installs, folder=tmp_path)
+    file, = tmp_path.iterdir()
+    assert calls == [0, 1, 2, 3] and len(file.read_text().splitlines()) == 3
+    with open(file, 'a') as f: f.write('{"seed": 3, "ended": "comp')      # killed while it wrote
+    assert rehearse_many(SMALL, range(6), installs, folder=tmp_path) == whole and calls == [0, 1, 2, 3, 3, 4, 5]
+    assert rehearse_many(SMALL, range(6), installs, folder=tmp_path) == whole and len(calls) == 7
+
+
+def test_other_worlds_and_other_judges_are_kept_apart(tmp_path):
+    for world in (SMALL, World(devices=80, plants=5)):
+        for judge in (installs, partial(installs, soak_h=2.0)): rehearse_many(world, [0], judge, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_processes_give_what_one_process_gives():
+    assert rehearse_many(SMALL, range(4), installs, workers=2) == rehearse_many(SMALL, range(4), installs)
+
+
+def test_the_gate_of_peers_ships_a_model_that_is_twice_as_wrong():
+    rows = rehearse_many(World(change=0.03), range(5), installs)
+    assert all(r['ended'] == 'complete' and r['exposed_share'] > 0.9 for r in rows)
