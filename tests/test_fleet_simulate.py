@@ -66,7 +66,7 @@ class Thing:
         if self.up(t):
             self.seen = t
             if not wanted: self.state, self.due = 'old', math.inf; return
-        elif t - self.seen > self.w.document_life_h: return self.dark(t)
+        elif t - self.seen > self.w.recheck_h: return self.dark(t)
         self.state, self.due = 'installing', t + self.w.install_h
     def installing(self, t, wanted, back):
         u, v = self.draw(), self.draw()

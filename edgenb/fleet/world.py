@@ -6,12 +6,12 @@
 __all__ = ['STATES', 'OLD', 'FETCHING', 'READY', 'INSTALLING', 'OFF', 'NEW', 'BACK', 'REFUSED', 'WINDOW_H', 'HAPPENS', 'World',
            'stream', 'Fleet', 'make_fleet', 'opens', 'Devices', 'publish', 'advance']
 
-# %% ../../nbs/fleet/world.ipynb #d03e0990
+# %% ../../nbs/fleet/world.ipynb #70e8020f
 from dataclasses import dataclass, fields, replace
 import numpy as np
 from ..core import EdgenbError, did_you_mean, within
 
-# %% ../../nbs/fleet/world.ipynb #16aa696c
+# %% ../../nbs/fleet/world.ipynb #3304099a
 @dataclass(frozen=True)
 class World:
     "What is assumed of a fleet and of the model that is rolled out. Times are hours, rates per hour, shares between 0 and 1."
@@ -34,7 +34,7 @@ class World:
     skewed: float = 0.02            # share with a wrong clock, half of them so far ahead that signed documents look expired
     clock_fixed_h: float = 72.0     # until such a clock is set, on average
     tries: int = 3                  # failed installs before a device gives a release up and says so
-    document_life_h: float = 24.0   # of the signed campaign: an older one is not acted on
+    recheck_h: float = 0.25         # what it saw of the campaign longer ago is looked at again before it installs
     decisions_h: float = 60.0       # decisions of a device
     labelled: float = 0.05          # share of them that somebody labels
     label_delay_h: float = 6.0      # until the label is there, on average over devices
@@ -60,13 +60,13 @@ class World:
         shares = ('poor_links', 'silent', 'windowed', 'power_loss', 'bad_disks', 'skewed', 'labelled', 'error', 'unhealthy', 'season', 'device_sd', 'unsure')
         within('world', 0, 1, **{n: getattr(self, n) for n in shares})
         within('world', 1, **{n: getattr(self, n) for n in ('devices', 'plants', 'tries')})
-        within('world', 1e-6, **{n: getattr(self, n) for n in ('poll_h', 'up_h', 'down_h', 'poor_up_h', 'poor_down_h', 'fetch_h', 'install_h', 'outage_h', 'clock_fixed_h', 'document_life_h', 'decisions_h', 'baseline_h', 'season_h', 'latency_ms')})
+        within('world', 1e-6, **{n: getattr(self, n) for n in ('poll_h', 'up_h', 'down_h', 'poor_up_h', 'poor_down_h', 'fetch_h', 'install_h', 'outage_h', 'clock_fixed_h', 'recheck_h', 'decisions_h', 'baseline_h', 'season_h', 'latency_ms')})
         if self.plants > self.devices: raise EdgenbError(f'world: {self.plants} plants for {self.devices} devices: a plant has at least one')
         if abs(sum(s for _, s in self.hardware) - 1) > 1e-9: raise EdgenbError(f'world: the shares of the hardware classes add up to {sum(s for _, s in self.hardware):g}, not to 1')
         for h in self.worse_on:
             if h not in dict(self.hardware): raise EdgenbError(f'world: worse_on names no hardware class {h}.{did_you_mean(h, dict(self.hardware))}')
 
-# %% ../../nbs/fleet/world.ipynb #d158e94d
+# %% ../../nbs/fleet/world.ipynb #cf5b03c8
 def stream(seed: int,
            device: np.ndarray,   # numbers of devices
            count: np.ndarray     # how many numbers each has drawn before
@@ -78,7 +78,7 @@ def stream(seed: int,
         z = z ^ (z >> np.uint64(31))
     return ((z >> np.uint64(11)).astype(float) + 0.5)*2.0**-53
 
-# %% ../../nbs/fleet/world.ipynb #e5519a2f
+# %% ../../nbs/fleet/world.ipynb #eb03fa3e
 @dataclass(frozen=True)
 class Fleet:
     "Devices as arrays of the same length: what does not change."
@@ -126,7 +126,7 @@ def make_fleet(world: World, seed: int = 0) -> Fleet:
                  np.where(skewed & ahead, rng.exponential(w.clock_fixed_h, n), 0.0), np.clip(rng.normal(w.error, w.device_sd, n), 0.001, 0.999), worse, np.where(worse, w.change, 0.0), worse & some(w.unhealthy),
                  w.decisions_h*w.labelled*rng.uniform(0.5, 1.5, n), w.label_delay_h*rng.uniform(0.5, 1.5, n), float(rng.uniform(0, 2*np.pi)))
 
-# %% ../../nbs/fleet/world.ipynb #0651dbf4
+# %% ../../nbs/fleet/world.ipynb #b952099a
 STATES = ('old', 'fetching', 'ready', 'installing', 'off', 'new', 'back', 'refused')
 OLD, FETCHING, READY, INSTALLING, OFF, NEW, BACK, REFUSED = range(8)
 WINDOW_H = 6.0   # 22:00 to 04:00
@@ -136,7 +136,7 @@ def opens(window: np.ndarray, t: np.ndarray) -> np.ndarray:
     since = (t - window) % 24
     return np.where(np.isnan(window) | (since < WINDOW_H), t, t + 24 - since)
 
-# %% ../../nbs/fleet/world.ipynb #13e39dbc
+# %% ../../nbs/fleet/world.ipynb #b021da26
 class Devices:
     "A fleet on its way: what changes. Time is in hours since the campaign began."
     def __init__(self, fleet: Fleet):
@@ -172,7 +172,7 @@ class Devices:
     def wanted(self, i): return self.asked[i] & (self.mode == 'running')
     def counts(self) -> dict: return dict(zip(STATES, np.bincount(self.state, minlength=8).tolist()))
 
-# %% ../../nbs/fleet/world.ipynb #b8bf643c
+# %% ../../nbs/fleet/world.ipynb #dd133fb9
 def _contact(d, i, t):
     "Devices on the old model look at the campaign."
     up = d.link_up(i, t)
@@ -210,7 +210,7 @@ def _fetching(d, i, t):
     d.state[i[whole]], d.due[i[whole]] = READY, opens(d.fleet.window[i[whole]], t[whole])
     _fetch_on(d, i[~whole], t[~whole])
 
-# %% ../../nbs/fleet/world.ipynb #6ba76d40
+# %% ../../nbs/fleet/world.ipynb #270e4280
 def _ready(d, i, t):
     "The window is open: install what is still wanted, as far as the device knows."
     later = opens(d.fleet.window[i], t) > t
@@ -220,7 +220,7 @@ def _ready(d, i, t):
     d.seen[i[up]] = d.contact[i[up]] = t[up]
     drop = up & ~d.wanted(i)
     d.state[i[drop]], d.due[i[drop]] = OLD, np.inf
-    stale = ~up & (t - d.seen[i] > d.fleet.world.document_life_h)
+    stale = ~up & (t - d.seen[i] > d.fleet.world.recheck_h)
     d.due[i[stale]] = d.down_until(i[stale], t[stale])
     i, t = i[~drop & ~stale], t[~drop & ~stale]
     d.state[i], d.due[i] = INSTALLING, t + d.fleet.world.install_h
@@ -256,7 +256,7 @@ def _contact_new(d, i, t):
     d.due[i] = np.inf
     if d.mode == 'rolled-back': d.state[i], d.left[i] = BACK, t
 
-# %% ../../nbs/fleet/world.ipynb #3e0b2796
+# %% ../../nbs/fleet/world.ipynb #7258a570
 def publish(d: Devices,
             asked: np.ndarray,         # bool: devices that the campaign asks to run the new model
             mode: str = 'running',     # 'running', 'paused' or 'rolled-back'
