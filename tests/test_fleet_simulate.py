@@ -2,7 +2,7 @@
 import heapq, math
 import numpy as np
 import pytest
-from edgenb.fleet.world import BACK, FETCHING, INSTALLING, NEW, OFF, OLD, READY, REFUSED, STATES, WINDOW_H, Devices, World, advance, make_fleet, publish, stream
+from edgenb.fleet.world import BACK, FETCHING, INSTALLING, NEW, OFF, OLD, READY, REFUSED, STATES, Devices, World, advance, make_fleet, publish, stream
 
 ROUGH = World(devices=120, plants=4, poor_links=0.4, silent=0.05, power_loss=0.1, bad_disks=0.1, skewed=0.2, unhealthy=0.1, worse_on=('rb5',), fetch_h=0.5)   # more goes wrong than in a real fleet
 
@@ -43,8 +43,8 @@ class Thing:
         self.due = t + self.wait(self.f.up_rate[self.i])
         self.link_at, self.link = (self.due, True) if self.due < math.inf else (t, False)
     def opens(self, t):
-        w = self.f.window[self.i]
-        return t if math.isnan(w) or (t - w) % 24 < WINDOW_H else t + 24 - (t - w) % 24
+        w = (self.f.midnight[self.i] + 22) % 24
+        return t if not self.f.windowed[self.i] or (t - w) % 24 < 6 else t + 24 - (t - w) % 24
     def fetch_on(self, t):
         lasts = self.wait(self.f.down_rate[self.i])
         if lasts >= self.rest: self.due, self.rest = t + self.rest, 0.0; self.link_at, self.link = self.due, True
