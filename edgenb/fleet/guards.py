@@ -29,7 +29,7 @@ def uncertainty(n: np.ndarray, alpha: float) -> np.ndarray:
 def bad_crashes(e: Evidence, limit): return e.crashes > limit, np.ones(len(e.arm), bool)
 def bad_memory(e: Evidence, limit): return np.nan_to_num(e.rss_mb, nan=-1) > limit, ~np.isnan(e.rss_mb)
 def bad_drift(e: Evidence, limit): return e.drift > limit, np.ones(len(e.arm), bool)
-def bad_silent(e: Evidence, limit): return e.at - e.last_seen > 60*limit, e.last_seen >= 0
+def bad_silent(e: Evidence, limit): return e.at - e.last_seen > 60*limit, e.last_seen >= e.since - 60*limit   # who was silent before the stage began is not counted
 
 def bad_latency(e: Evidence, limit):
     over, n = over_share(e.latency, e.latency_edges, limit)
@@ -81,7 +81,7 @@ def default_guards() -> dict:
     return {n: g.default for n, g in GUARDS.items() if g.default is not None}
 
 # %% ../../nbs/fleet/guards.ipynb #608842f8
-RATIO, TOLERATED = 1.5, 0.1
+RATIO, TOLERATED = 1.5, 1/3
 
 @dataclass(frozen=True)
 class Verdict:
@@ -109,12 +109,12 @@ def judge_share(name: str, limit: float, e: Evidence, alpha: float) -> Verdict:
         value, compared = share_evidence(k, n - k, limit/100), f'{limit:g} % may'
     else:
         bad, judged = g.bad(e, limit)
-        canary, control = (e.arm == CANARY) & judged, (e.arm == CONTROL) & judged
+        canary, control = (e.cohort & judged, ~e.cohort & judged) if name == 'silent' else ((e.arm == CANARY) & judged, (e.arm == CONTROL) & judged)
         (k, n), (j, m) = ((int((bad & a).sum()), int(a.sum())) for a in (canary, control))
-        if not n: return Verdict(name, None, 1.0, 1/alpha, 'no canary has reported it yet')
+        if not n or name == 'silent' and not m: return Verdict(name, None, 1.0, 1/alpha, 'there is nobody to compare with' if n else 'no canary has reported it yet')
         value = share_evidence(k, j, RATIO*n/(RATIO*n + m)) if m else share_evidence(k, n - k, TOLERATED)
-        compared = f'{j} of {m} controls' if m else f'there are no controls; {100*TOLERATED:g} % may'
-    said = f"{k} of {n} canaries {g.said.format(limit=limit)}; {compared}"
+        compared = f'{j} of {m} others' if name == 'silent' else f'{j} of {m} controls' if m else f'there are no controls; {100*TOLERATED:.0f} % may'
+    said = f"{k} of {n} {'devices of the stage' if name == 'silent' else 'canaries'} {g.said.format(limit=limit)}; {compared}"
     return Verdict(name, bool(value < 1/alpha), float(value), 1/alpha, f'{said}. Evidence {float(value):.3g}, it rings at {1/alpha:.0f}')
 
 # %% ../../nbs/fleet/guards.ipynb #9674a37e
