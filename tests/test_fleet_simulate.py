@@ -148,7 +148,9 @@ def test_a_paused_campaign_installs_nothing_more_where_the_link_is_up():
 
 # ---- campaigns
 
+from dataclasses import replace  # noqa: E402
 from functools import partial  # noqa: E402
+from edgenb.fleet.campaign import policy  # noqa: E402
 from edgenb.fleet.simulate import installs, peeked, rehearse, rehearse_many, summary  # noqa: E402
 
 SMALL = World(devices=80, plants=4)
@@ -160,21 +162,59 @@ def test_a_seed_gives_the_same_campaign_and_another_seed_another():
     assert a.outcome != c.outcome
 
 
-def test_every_look_counts_every_device_once():
-    r = rehearse(ROUGH, 2)
+@pytest.mark.parametrize('judge', [installs, peeked])
+def test_every_look_counts_every_device_once_and_exposure_never_shrinks(judge):
+    r = rehearse(ROUGH, 2, judge)
     assert (r.grid.sum((1, 2, 3)) == ROUGH.devices).all() and len(r.grid) == len(r.looks) and (np.diff([l['exposed'] for l in r.looks]) >= 0).all()
+
+
+def test_only_devices_that_are_asked_ever_run_the_new_model():
+    from edgenb.fleet.cohorts import cohort
+    from edgenb.fleet.simulate import begin
+    r = rehearse(World(change=0.1), 3)
+    assert r.campaign.state == 'rolled-back' and r.campaign.stage == 0
+    _, _, c, inventory = begin(r.world, 3, policy(340))
+    assert cohort(inventory, c.to_dict()).sum() == 17 >= r.outcome['exposed'] and c.cutoffs == r.campaign.cutoffs
+
+
+@pytest.mark.parametrize('seed', range(12))
+def test_no_campaign_hangs_even_if_nobody_ever_answers_and_everything_goes_wrong(seed):
+    rough = replace(ROUGH, labelled=(0.0, 0.05)[seed % 2], change=(0.0, 0.03)[seed//2 % 2], silent=0.3, poor_links=0.7)
+    r = rehearse(rough, seed, person_h=None, every_h=6.0)
+    assert r.campaign.over and r.outcome['stuck'] == 0, r.log
+    if r.campaign.state == 'rolled-back': assert r.outcome['still_new'] == 0
+
+
+def test_a_model_that_is_worse_on_one_kind_of_hardware_is_found_although_the_others_are_fine():
+    r = rehearse(World(change=0.1, worse_on=('rb5',)), 4)
+    assert r.campaign.state == 'rolled-back' and r.outcome['exposed_share'] <= 0.06 and 'rb5' in r.campaign.reason
+
+
+def test_a_guard_without_labels_stops_what_no_label_would_have_shown_in_time():
+    r = rehearse(World(labelled=0.0, unsure_change=0.5), 4)
+    assert r.campaign.state == 'rolled-back' and r.campaign.reason.startswith('confidence') and r.outcome['hours'] <= 3
+
+
+def test_the_gate_of_peers_ships_a_model_that_is_twice_as_wrong():
+    rows = rehearse_many(World(change=0.03), range(5), installs)
+    assert all(r['ended'] == 'complete' and r['exposed_share'] > 0.9 for r in rows)
+
+
+def test_a_bad_model_reaches_few_and_a_good_one_arrives():     # 1,000 seeds of each: benchmarks/fleet.py
+    bad, good = (summary(rehearse_many(World(change=c), range(2000, 2012), policy=replace(policy(340), deadline_hours=240))) for c in (0.03, 0.0))
+    assert bad['within']['count'] == bad['rolled-back']['count'] == 12 and bad['stuck'] == bad['still_new'] == 0
+    assert good['complete']['count'] >= 11 and good['exposed_share']['median'] > 0.95
 
 
 def test_interrupted_rehearsals_go_on_where_they_were(tmp_path, monkeypatch):
     import edgenb.fleet.simulate as simulate
     whole, true, calls = rehearse_many(SMALL, range(6), installs), simulate.rehearse, []
-    def counted(world, seed, *a, **kw):
-        calls.append(seed)
-        if len(calls) == 4: raise KeyboardInterrupt
-        return true(world, seed, *a, **kw)
-    monkeypatch.setattr(simulate, 'code_digest', lambda f: f.__name__)
-    monkeypatch.setattr(simulate, 'rehearse', counted); counted.__name__ = 'rehearse'
-    monkeypatch.setattr(simulate, '_pieces', lambda world, seeds, *a: ([{'seed': s} | counted(world, s, installs, pictures=False).outcome] for s in seeds))
+    def pieces(world, seeds, *a):
+        for s in seeds:
+            calls.append(s)
+            if len(calls) == 4: raise KeyboardInterrupt
+            yield [{'seed': s} | true(world, s, installs, pictures=False).outcome]
+    monkeypatch.setattr(simulate, '_pieces', pieces)
     with pytest.raises(KeyboardInterrupt): rehearse_many(SMALL, range(6), installs, folder=tmp_path)
     file, = tmp_path.iterdir()
     assert calls == [0, 1, 2, 3] and len(file.read_text().splitlines()) == 3
@@ -183,16 +223,17 @@ def test_interrupted_rehearsals_go_on_where_they_were(tmp_path, monkeypatch):
     assert rehearse_many(SMALL, range(6), installs, folder=tmp_path) == whole and len(calls) == 7
 
 
-def test_other_worlds_and_other_judges_are_kept_apart(tmp_path):
+def test_other_worlds_judges_and_policies_are_kept_apart(tmp_path):
     for world in (SMALL, World(devices=80, plants=5)):
         for judge in (installs, partial(installs, soak_h=2.0)): rehearse_many(world, [0], judge, folder=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 4
+    rehearse_many(SMALL, [0], installs, folder=tmp_path, policy=replace(policy(80), margin=0.02))
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_processes_give_what_one_process_gives():
     assert rehearse_many(SMALL, range(4), installs, workers=2) == rehearse_many(SMALL, range(4), installs)
 
 
-def test_the_gate_of_peers_ships_a_model_that_is_twice_as_wrong():
-    rows = rehearse_many(World(change=0.03), range(5), installs)
-    assert all(r['ended'] == 'complete' and r['exposed_share'] > 0.9 for r in rows)
+def test_dask_gives_what_one_process_gives():
+    pytest.importorskip('distributed')
+    assert rehearse_many(SMALL, range(4), installs, workers=1, scheduler='local') == rehearse_many(SMALL, range(4), installs)

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'MOST_SIGNS', 'ACTIONS', 'Board', 'alerts_of', 'board_of', 'cell', 'map_html', 'exposure_figure',
-           'guard_figure', 'guards_table', 'log_table', 'in_words', 'signed_html', 'console']
+           'guard_figure', 'guards_table', 'log_table', 'in_words', 'steer', 'signed_html', 'console']
 
-# %% ../../nbs/fleet/console.ipynb #f12281f0
+# %% ../../nbs/fleet/console.ipynb #64db4771
 import html, json
 from dataclasses import dataclass, field
 from typing import Callable
 import numpy as np
 from ..core import EdgenbError
 from ..panel import Panel, as_html, figure_html, table
+from .campaign import pause, roll_back
 from .simulate import Rehearsal
 from .world import STATES
 
-# %% ../../nbs/fleet/console.ipynb #fde8a212
+# %% ../../nbs/fleet/console.ipynb #5aff5ed6
 @dataclass(frozen=True, eq=False)
 class Board:
     "A campaign for the console: one entry a look at the fleet."
@@ -59,7 +60,7 @@ def board_of(r: Rehearsal) -> Board:
     return Board(f'{r.world.devices:,} devices in {r.world.plants} plants', True, r.sites, r.hardware, [l['hour'] for l in r.looks], r.grid, [l['state'] for l in r.looks], [l['percent'] for l in r.looks],
                  [l['exposed'] for l in r.looks], figures, r.log, alerts_of(r))
 
-# %% ../../nbs/fleet/console.ipynb #bc5f625e
+# %% ../../nbs/fleet/console.ipynb #4793c548
 SIGNS = {'old': ('□', '#8a8a8a', 'old model'), 'fetching': ('◔', '#3a93c8', 'fetching'), 'ready': ('◑', '#3a93c8', 'waits for its window'), 'installing': ('◕', '#3a93c8', 'installing'), 'off': ('○', '#c98a00', 'without power'),
          'new': ('■', '#1f6fb5', 'new model'), 'back': ('◇', '#0f8a63', 'went back'), 'refused': ('✗', '#d1495b', 'refused it')}   # state -> sign, colour (legible on white and on black), words
 MOST_SIGNS = 24   # in a cell of the map
@@ -84,7 +85,7 @@ def map_html(b: Board, look: int) -> str:
     many = '' if per == 1 else f' A sign stands for up to {per:,} devices.'
     return f'<p><small>{legend}.{many}</small></p><table><caption>{esc(b.title)}{" (simulated)" if b.simulated else ""}, hour {b.hours[look]:g}</caption><thead>{head}</thead><tbody>{rows}</tbody></table>'
 
-# %% ../../nbs/fleet/console.ipynb #b0f22df1
+# %% ../../nbs/fleet/console.ipynb #08744c61
 def _figure(b, title, y, **layout):
     import plotly.graph_objects as go
     figure = go.Figure(layout=dict(title=title + (' (simulated)' if b.simulated else ''), xaxis_title='hours since the campaign began', yaxis_title=y, template='plotly_white', width=760, height=330, **layout))
@@ -123,7 +124,7 @@ def log_table(b: Board, look: int) -> str:
     alarms = [[f"{a['hour']:.0f}", a['where'], a['what']] for a in b.alerts if a['hour'] <= now]
     return decided + (table(['hour', 'where', 'what'], alarms, 'alerts') if alarms else '<p>No alerts.</p>')
 
-# %% ../../nbs/fleet/console.ipynb #48398af8
+# %% ../../nbs/fleet/console.ipynb #c135aaf7
 def in_words(b: Board, look: int) -> str:
     "One line: where the campaign is."
     now = b.grid[look].sum((0, 1))
@@ -132,6 +133,12 @@ def in_words(b: Board, look: int) -> str:
             + (f', {gone:,} refused it' if gone else '') + '.' + (' Simulated.' if b.simulated else ''))
 
 ACTIONS = {'pause': ('Pause', 'no device installs the release until the campaign is resumed', 'warning'), 'roll back': ('Roll back', 'every device on the release goes back to what it ran before', 'danger')}
+
+def steer(read: Callable,    # () -> the Campaign as it is signed now
+          sign: Callable     # (Campaign) -> what was signed, say what `Repository.set_campaigns` gave
+         ) -> Callable:
+    "What the console's buttons do to a real campaign: the transitions of `edgenb.fleet.campaign`, signed."
+    return lambda action, reason: sign({'pause': pause, 'roll back': roll_back}[action](read(), reason))
 
 def signed_html(what) -> str:
     "What an action signed."
@@ -152,7 +159,7 @@ def console(source,                        # a Board, a Rehearsal, or a function
     panel = Panel('campaign console', paper, lambda: _console_widget(panel, read, act))
     return panel
 
-# %% ../../nbs/fleet/console.ipynb #0c47b242
+# %% ../../nbs/fleet/console.ipynb #a4ebb0b1
 def _console_widget(panel, read, act):
     "The console on a screen: a slider over the looks, the map, the figures, and two buttons."
     import ipywidgets as w

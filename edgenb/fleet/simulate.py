@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['installs', 'peeked', 'name_of', 'Rehearsal', 'outcome', 'begin', 'rehearse', 'rehearse_many', 'summary']
 
-# %% ../../nbs/fleet/simulate.ipynb #e3059125
-import concurrent.futures, contextlib, json, math, os
+# %% ../../nbs/fleet/simulate.ipynb #acb233d9
+import concurrent.futures, contextlib, importlib.util, json, math, os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable
@@ -20,7 +20,7 @@ from .reports import Reports, begin_stage, collect, evidence, minute
 from .sequential import CANARY, CONTROL, Evidence
 from .world import BACK, NEW, OLD, REFUSED, STATES, Devices, Fleet, World, advance, make_fleet, publish
 
-# %% ../../nbs/fleet/simulate.ipynb #1b54c632
+# %% ../../nbs/fleet/simulate.ipynb #40eae6fd
 def _go_on(c, ok, reason, guards, e):
     "The next stage, or the end."
     reached, asked = int((e.arm == CANARY).sum()), int(e.cohort.sum())
@@ -52,7 +52,7 @@ def name_of(judge) -> str:
     chosen = ', '.join(f'{k}={v!r}' for k, v in sorted(getattr(judge, 'keywords', {}).items()))
     return inner.__name__ + (f'({chosen})' if chosen else '')
 
-# %% ../../nbs/fleet/simulate.ipynb #36bbe1cc
+# %% ../../nbs/fleet/simulate.ipynb #69167dd7
 @dataclass(frozen=True, eq=False)
 class Rehearsal:
     "A campaign that was simulated."
@@ -91,7 +91,7 @@ def begin(world: World, seed: int, p: Policy) -> tuple:   # (Devices, Reports, C
     c = start(inventory, 'model', digest_of('new'), digest_of('old'), p.stages, windows=p.windows, seed=f'{seed:016x}')
     return Devices(fleet, window), Reports(fleet), c, inventory
 
-# %% ../../nbs/fleet/simulate.ipynb #627fec31
+# %% ../../nbs/fleet/simulate.ipynb #e75b57e4
 def rehearse(world: World = World(), seed: int = 0, judge: Callable = decide,
              policy: Policy | None = None,      # default: for a fleet of this size
              every_h: float = 1.0,              # between two looks
@@ -134,7 +134,7 @@ def _grid(d):
     f, classes = d.fleet, len(d.fleet.world.hardware)
     return np.bincount(f.stratum*len(STATES) + d.state, minlength=f.world.plants*classes*len(STATES)).reshape(f.world.plants, classes, len(STATES)).astype(np.int32)
 
-# %% ../../nbs/fleet/simulate.ipynb #3e5d92ef
+# %% ../../nbs/fleet/simulate.ipynb #97a2593d
 def _kept(path: Path) -> dict:
     "Rows by seed of an earlier run; what a killed one left half-written is cut off."
     if not path.exists(): return {}
@@ -152,14 +152,16 @@ def _pieces(world, seeds, judge, choices, workers, scheduler):
     "Results as they come: from this process, from `workers` processes, or from a Dask cluster."
     size = max(1, min(20, 20_000//world.devices, -(-len(seeds)//max(1, 4*workers))))
     pieces = [seeds[i:i + size] for i in range(0, len(seeds), size)]
+    if scheduler == 'local' and importlib.util.find_spec('distributed') is None: scheduler = ''     # without Dask: processes of this machine
     if scheduler:
-        from edgenb.executors import _client
+        from edgenb.executors import _client, _same_code
         client, cluster = _client(scheduler, workers)
         with contextlib.ExitStack() as stack:
             if cluster: stack.enter_context(contextlib.closing(cluster))
             stack.enter_context(contextlib.closing(client))
             from distributed import as_completed
-            for future in as_completed([client.submit(_some, world, p, judge, choices, pure=False) for p in pieces]): yield future.result()
+            _same_code(client, scheduler)
+            for future in as_completed([client.submit(_some, world, p, judge, choices, pure=False) for p in pieces], loop=client.loop): yield future.result()
     elif workers <= 1:
         for p in pieces: yield _some(world, p, judge, choices)
     else:
@@ -173,7 +175,7 @@ def _pieces(world, seeds, judge, choices, workers, scheduler):
 def rehearse_many(world: World, seeds, judge: Callable = decide,
                   folder: str | Path | None = None,   # results are kept there, and what is there already is not done again
                   workers: int = 1,                   # processes on this machine
-                  scheduler: str = '',                # of Dask: `local`, or an address; '' for none
+                  scheduler: str = '',                # of Dask: an address, or `local` for one of `workers` processes started here; '' for none
                   **choices                           # of `rehearse`
                  ) -> list:                           # of dict: seed and outcome, in the order of the seeds
     "The outcomes of many rehearsals."
@@ -192,7 +194,7 @@ def rehearse_many(world: World, seeds, judge: Callable = decide,
             bar.update(len(rows))
     return [done[s] for s in seeds]
 
-# %% ../../nbs/fleet/simulate.ipynb #cdc37092
+# %% ../../nbs/fleet/simulate.ipynb #5d7c126e
 def summary(rows: list,               # of `rehearse_many`
             most: float = 0.06        # share of the fleet that a bad model may reach
            ) -> dict:
