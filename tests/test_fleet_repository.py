@@ -312,3 +312,35 @@ def test_expired_roles_are_found_ahead_and_renewed(tmp_path, keys, repository):
     assert {f.what for f in later.check() if not f.ok} >= {'targets', 'models', 'timestamp'}
     for role in ('targets', 'models'): assert later.renew(role, keys[2]).done
     assert all(f.ok for f in later.check())
+
+
+def test_the_commands_lead_from_a_ceremony_to_a_stick(tmp_path, monkeypatch, capsys):
+    from edgenb.cli import main
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv('EDGENB_PASSPHRASE', 'five random words are enough')
+    def run(line, code=0):
+        assert main(line.split()) == code, (line, capsys.readouterr())
+        return capsys.readouterr().out
+    toy_bundle(tmp_path/'bundle'); toy_bundle(tmp_path/'second', 'other weights')
+    assert 'models: 2 of 3 must sign' in run('keys ceremony KEYS')
+    assert all(r['private'] for r in json.loads(run('keys list KEYS --json')))
+    assert run('registry add bundle') == 'toy:1\n' == run('registry add bundle')
+    run('registry add second'); run('registry promote toy:1 champion --why first')
+    assert [r['aliases'] for r in json.loads(run('registry list --json'))] == [['champion'], []]
+    run('repository create REPO --keys KEYS --bins 2')
+    assert '2 more of models-1, models-2, models-3' in run('repository publish REPO toy@champion --keys KEYS/online', 3)
+    run('repository check REPO', 1)
+    shutil.copy('REPO/staged.json', 'stick.json')
+    run('keys sign stick.json --keys KEYS/holder-1', 2)                                  # nobody there who has read it
+    assert digest_in(tmp_path/'bundle') in run('keys sign stick.json --keys KEYS/holder-1 --yes')
+    run('keys sign REPO/staged.json --keys KEYS/holder-3 --yes')
+    assert run('repository publish REPO --signed stick.json --keys KEYS/online') == 'published\n'
+    assert run('repository publish REPO toy:2 --from toy:1 --keys KEYS') == 'published\n'
+    run('repository check REPO')
+    run('repository export-usb REPO STICK --days 30 --only toy:1 --keys KEYS/online', 3)
+    run('keys sign STICK --keys KEYS/usb --yes')
+    run('repository refresh REPO --keys KEYS/online')
+    assert Device(tmp_path/'device', 'STICK').campaigns(tmp_path/'STICK')['serial'] == 0
+    run('keys rotate models --repository REPO --keys KEYS --add models-4 --remove models-1')
+    assert [f['ok'] for f in json.loads(run('repository check REPO --json'))].count(False) == 0
+    assert run('keys sign bundle --keys KEYS/holder-2 --yes').endswith('signed by models-2\n')
+    assert main('keys rotate models --repository REPO --keys KEYS --remove models-7'.split()) == 2 and 'Did you mean models-4' in capsys.readouterr().err

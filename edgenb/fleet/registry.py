@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'ALIAS', 'COLUMNS', 'Registry', 'open_registry', 'now', 'so
            'checkout', 'promote', 'rollback', 'history', 'listing', 'lineage', 'show', 'show_text', 'verify']
 
 # %% ../../nbs/fleet/registry.ipynb #fcf2d73c
-import contextlib, datetime, getpass, hashlib, json, os, re, shutil, sqlite3
+import contextlib, datetime, getpass, json, os, re, shutil, sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from ..core import EdgenbError, did_you_mean, digest, digest_of, file_errors, json_text, sync_folder, within

@@ -11,9 +11,9 @@ import copy, datetime, json, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from ..core import EdgenbError, did_you_mean, digest, write_json
+from ..core import EdgenbError, did_you_mean, digest
 from .keys import ROLES, USB_MAY, ceremony, unlock
-from .repository import BIN, DOCUMENT, TOP, Outcome, Repository, _commit, _waiting, blobs_of, key_name, lasts, locked, parent, create
+from .repository import BIN, DOCUMENT, TOP, Outcome, Repository, _commit, _waiting, blobs_of, create, key_name, lasts, locked, parent
 
 # %% ../../nbs/fleet/upkeep.ipynb #49d9d078
 def client(folder: str | Path, memory: str | Path, bootstrap: bytes | None = None):   # a tuf Updater
