@@ -6,7 +6,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from edgenb.core import EdgenbError, digest, json_text
-from edgenb.fleet.delta import CHUNK, PART, apply_record, assemble, chunk_files, from_folder, inflate, make_delta, plan, records, release_blobs, safe_paths, slot_files, store
+from edgenb.fleet.delta import CHUNK, PART, apply_record, assemble, chunk_files, from_folder, inflate, make_delta, plan, records, release_blobs, safe_paths, slot_files, store_blob
 from edgenb.fleet.layout import layout, spans
 
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -256,7 +256,7 @@ BOMB = zstandard.ZstdCompressor(level=3).compress(bytes(2**30))       # a gibiby
 
 def test_a_bomb_is_not_unpacked_beyond_the_length_declared(pair, tmp_path):
     assert len(BOMB) < 2**16
-    sha = store(pair[3], BOMB)
+    sha = store_blob(pair[3], BOMB)
     release = forged(pair, lambda f: f['chunks'][0].update(stored=sha, stored_length=len(BOMB)))
     code = f"""import json, resource, sys
 from edgenb.core import EdgenbError

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'PART', 'CHUNK', 'LEVEL', 'THOROUGH', 'LONGEST', 'WINDOW', 'ALONE', 'LESS', 'NEAR', 'RECORD',
-           'NEIGHBOURHOOD', 'MOST_FILES', 'safe_path', 'safe_paths', 'deflate', 'inflate', 'store', 'from_folder',
-           'listed', 'chunk_files', 'make_record', 'records', 'apply_record', 'make_delta', 'Chunk', 'Step', 'Plan',
-           'plan', 'slot_files', 'release_blobs', 'fetch', 'Damaged', 'write_part', 'assemble']
+           'NEIGHBOURHOOD', 'MOST_FILES', 'safe_path', 'safe_paths', 'deflate', 'inflate', 'write_file', 'store_blob',
+           'from_folder', 'listed', 'chunk_files', 'make_record', 'records', 'apply_record', 'make_delta', 'Chunk',
+           'Step', 'Plan', 'plan', 'slot_files', 'release_blobs', 'fetch', 'Damaged', 'write_part', 'assemble']
 
 # %% ../../nbs/fleet/delta.ipynb #d00794a8
 import hashlib, json, os, re, stat, struct, unicodedata
@@ -62,13 +62,18 @@ def inflate(frame: bytes, length: int, base: bytes = b'') -> bytes:
     if len(data) != length: raise EdgenbError(f"a blob decompresses to {'more' if len(data) > length else 'fewer'} than the {length:,} bytes declared: refused")
     return data
 
-def store(blobs: Path, data: bytes) -> str:   # its SHA-256
+def write_file(path: Path, data: bytes | str):
+    "Write a file atomically, and the folders it needs, forced to the disk too."
+    if not path.parent.is_dir():
+        with file_errors(path): path.parent.mkdir(parents=True, exist_ok=True)
+        for p in list(path.parents)[1:3]: sync_folder(p)
+    write_atomic(path, data)
+
+def store_blob(blobs: Path, data: bytes) -> str:   # its SHA-256
     "Put a blob where its digest says, unless it is there."
     sha = hashlib.sha256(data).hexdigest()
     path = Path(blobs)/sha[:2]/sha
-    if not (path.is_file() and digest(path) == sha):
-        with file_errors(path): path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, data)
+    if not (path.is_file() and digest(path) == sha): write_file(path, data)
     return sha
 
 def from_folder(blobs: str | Path):   # get(sha256, length) -> iterator of bytes
@@ -103,7 +108,7 @@ def chunk_files(folder: str | Path,   # a bundle
                 whole.update(data)
                 small = deflate(data)
                 stored = small if len(small) < 0.97*len(data) else data
-                chunks.append({'sha256': hashlib.sha256(data).hexdigest(), 'length': len(data), 'stored': store(Path(blobs), stored), 'stored_length': len(stored)})
+                chunks.append({'sha256': hashlib.sha256(data).hexdigest(), 'length': len(data), 'stored': store_blob(Path(blobs), stored), 'stored_length': len(stored)})
         files.append({'path': path, 'length': sum(c['length'] for c in chunks), 'sha256': whole.hexdigest(), 'chunks': chunks})
     return files
 
@@ -203,7 +208,7 @@ def _packed(old: Path, new: Path, chunks: list, blobs: Path) -> list:   # of {'s
     from edgenb.fleet.layout import spans
     todo, packs, pack = spans(old, new)[::-1], [], []
     def close():
-        if pack: packs.append({'sha256': store(blobs, b''.join(pack)), 'length': sum(map(len, pack)), 'chunks': len(pack)}); pack.clear()
+        if pack: packs.append({'sha256': store_blob(blobs, b''.join(pack)), 'length': sum(map(len, pack)), 'chunks': len(pack)}); pack.clear()
     with open(old, 'rb') as f, open(new, 'rb') as g:
         for c in chunks:
             data = g.read(c['length'])

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from ..core import EdgenbError, did_you_mean, digest
+from .delta import release_blobs
 from .keys import ROLES, USB_MAY, ceremony, unlock
-from .repository import BIN, DOCUMENT, TOP, Outcome, Repository, _commit, _waiting, blobs_of, create, key_name, lasts, locked, parent
+from .repository import BIN, DOCUMENT, TOP, Outcome, Repository, _commit, _waiting, create, key_name, lasts, locked, parent
 
 # %% ../../nbs/fleet/upkeep.ipynb #49d9d078
 def client(folder: str | Path, memory: str | Path, bootstrap: bytes | None = None):   # a tuf Updater
@@ -55,8 +56,8 @@ def check(repository: Repository) -> list:   # of Finding
                 info = u.get_targetinfo(f'releases/{d}.json')
                 if info is None: raise RepositoryError(f'release {d[:12]} is not found')
                 release = json.loads(Path(u.download_target(info)).read_text(encoding='utf-8'))
-                bad = [s for s, n in blobs_of(release).items() if not (p := folder/'blobs'/s[:2]/s).is_file() or p.stat().st_size != n or digest(p) != s]
-                found.append(Finding(f"{r['name']}:{r['version']}", not bad, f"{len(blobs_of(release))} blobs, {release['total_bytes']/1e6:,.1f} MB, {len(release['deltas'])} deltas" if not bad else f'{len(bad)} of {len(blobs_of(release))} blobs are missing or damaged, first {bad[0][:12]}: publish the bundle again'))
+                bad = [s for s, n in release_blobs(release).items() if not (p := folder/'blobs'/s[:2]/s).is_file() or p.stat().st_size != n or digest(p) != s]
+                found.append(Finding(f"{r['name']}:{r['version']}", not bad, f"{len(release_blobs(release))} blobs, {release['total_bytes']/1e6:,.1f} MB, {len(release['deltas'])} deltas" if not bad else f'{len(bad)} of {len(release_blobs(release))} blobs are missing or damaged, first {bad[0][:12]}: publish the bundle again'))
         except (RepositoryError, DownloadError, EdgenbError, OSError, ValueError) as e: found.append(Finding('a client of root 1', False, f'refuses: {e}'))
     return found + _expiries(repository) + [Finding('staged', False, f"{'; '.join(repository.staged['why'])}: waiting for {r}: {w}") for r, w in (_waiting(repository) if repository.staged['metadata'] else {}).items()]
 
