@@ -17,7 +17,7 @@ def rank(seed: str, id: str) -> str:   # 64 hex digits
     "Where a device stands in the lot of a campaign; low is early."
     return hashlib.sha256(f'{seed}:{id}'.encode()).hexdigest()
 
-def stratum(device: dict, strata=('site', 'hardware')) -> str:
+def stratum(device: dict, strata: tuple = ('site', 'hardware')) -> str:
     "The device's stratum as cutoffs are named: its fields joined by a slash."
     return '/'.join(str(device[s]) for s in strata)
 
@@ -36,7 +36,7 @@ def ranks(seed: str, ids):   # -> (d,) array of 64 hex digits as bytes; they com
     def one(id): h = start.copy(); h.update(str(id).encode()); return h.hexdigest()
     return np.fromiter((one(i) for i in ids), 'S64', len(ids))
 
-def strata_of(devices: list, strata=('site', 'hardware')):   # -> (names of strata (s,), the stratum of each device (d,) int)
+def strata_of(devices: list, strata: tuple = ('site', 'hardware')):   # -> (names of strata (s,), the stratum of each device (d,) int)
     "The strata of an inventory; raises for a device without a field, or a name twice."
     import numpy as np
     if not devices: raise EdgenbError('the inventory has no devices: a campaign needs at least one')

@@ -12,13 +12,14 @@ import csv, datetime, getpass, hashlib, io, json, os, time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Callable
 from ..core import EdgenbError, digest_of, did_you_mean, file_errors, json_text, sync_folder, write_atomic
 from .campaign import Campaign, Decision, Policy, abort, apply, decide, parse, pause, policy, resume, roll_back, start
 from .cohorts import cohort, strata_of
 from .sequential import Evidence
 
 # %% ../../nbs/fleet/controller.ipynb #76459db1
-def read_inventory(path: str | Path, strata=('site', 'hardware')) -> list:   # of dicts with id and the fields of strata
+def read_inventory(path: str | Path, strata: tuple = ('site', 'hardware')) -> list:   # of dicts with id and the fields of strata
     "Devices from a CSV file, a JSON file or the collector's database."
     path = Path(path)
     try: data = path.read_bytes()[:16] if path.is_file() else None
@@ -85,7 +86,9 @@ def append(folder: Path, record: dict) -> dict:
     return record
 
 # %% ../../nbs/fleet/controller.ipynb #cef2f11a
-def now_minute() -> int: return int(time.time()//60)
+def now_minute() -> int:
+    "Minutes since 1970, now."
+    return int(time.time()//60)
 
 @contextmanager
 def alone(folder: Path):
@@ -134,7 +137,7 @@ def standing(folder: str | Path, id: str = '') -> Standing:
     raise EdgenbError(f"several campaigns are under way, name one: {', '.join(s.campaign.id for s in going)}")
 
 # %% ../../nbs/fleet/controller.ipynb #083e7754
-def begin(folder: str | Path, c: Campaign, p: Policy, devices: list, publish, now: int | None = None) -> Standing:
+def begin(folder: str | Path, c: Campaign, p: Policy, devices: list, publish: Callable, now: int | None = None) -> Standing:
     "Write down a new campaign and publish it."
     path, now = Path(folder)/c.id, now_minute() if now is None else now
     if (path/'log.jsonl').exists(): raise EdgenbError(f'there is a campaign {c.id} already: give this one another name with --id')
@@ -142,7 +145,7 @@ def begin(folder: str | Path, c: Campaign, p: Policy, devices: list, publish, no
     publish(c)
     return Standing(path)
 
-def step(folder: str | Path, look, publish, devices: list | None = None, now: int | None = None) -> Decision:   # look: (campaign dict, began, since, now) -> Evidence
+def step(folder: str | Path, look: Callable, publish: Callable, devices: list | None = None, now: int | None = None) -> Decision:   # look: (campaign dict, began, since, now) -> Evidence
     "Look once: read evidence, decide, write it down, sign what changed (and what a killed controller left unsigned)."
     with alone(Path(folder)):
         s, now = Standing(folder), now_minute() if now is None else now
@@ -161,7 +164,7 @@ def step(folder: str | Path, look, publish, devices: list | None = None, now: in
 
 ACTIONS = {'pause': pause, 'resume': resume, 'abort': abort, 'rollback': roll_back}
 
-def act(folder: str | Path, action: str, reason: str, publish, now: int | None = None) -> Campaign:
+def act(folder: str | Path, action: str, reason: str, publish: Callable, now: int | None = None) -> Campaign:
     "A person's decision."
     if not reason.strip(): raise EdgenbError(f'{action}: say why, with --reason; it is signed and kept')
     with alone(Path(folder)):
@@ -265,12 +268,19 @@ def standing_text(s: Standing) -> str:
     return '\n'.join(lines)
 
 # %% ../../nbs/fleet/controller.ipynb #9ca98e28
-def per_cent(text) -> float:
+def per_cent(text: str) -> float:
     "A number of per cent, with or without the sign."
     try: return float(str(text).strip().removesuffix('%'))
     except ValueError: raise EdgenbError(f"{text!r} is not a number of per cent: write 5%") from None
 
-def policy_for(devices: int, canary=None, stages=None, guards: list = (), alpha=None, margin=None, at_deadline=None, deadline_hours=None, soak_hours=None, windows: list = ()) -> Policy:
+def policy_for(devices: int,
+               canary: str | None = None,   # the first stage: '5%'
+               stages: str | None = None,   # '5,25,50,100'
+               guards: list = (),           # 'latency_p99=50ms', 'drift=off', ...
+               alpha: float | None = None, margin: str | None = None,   # margin: '1%'
+               at_deadline: str | None = None, deadline_hours: float | None = None, soak_hours: float | None = None,
+               windows: list = ()           # 'mon-fri 22:00-04:00', ...
+              ) -> Policy:
     "The policy for a fleet of that size, changed where something was asked for."
     from edgenb.fleet.guards import parse_guards
     p, asked = policy(devices), {}
@@ -316,7 +326,7 @@ def plan_ship(bundle: str | Path, repository: str | Path, devices: list, p: Poli
     return c if id or c.id not in taken else replace(c, id=next(f'{c.id}-{n}' for n in range(2, 1000) if f'{c.id}-{n}' not in taken))
 
 # %% ../../nbs/fleet/controller.ipynb #66e40715
-def watch(folder: str | Path, telemetry: str | Path, publish, once: bool = False, as_json: bool = False, wait=time.sleep) -> int:
+def watch(folder: str | Path, telemetry: str | Path, publish: Callable, once: bool = False, as_json: bool = False, wait: Callable = time.sleep) -> int:
     "Look, decide, wait, until the campaign is over; a repository or database that is busy is tried again. Returns the exit code: 1 for a release that was sent back or is stuck."
     from edgenb.fleet.collector import evidence
     while True:
