@@ -170,8 +170,9 @@ class Machine:
     def _spread(self) -> float: return 0.75 + int(hashlib.sha256(self.device.id.encode()).hexdigest()[:4], 16)/0xffff/2
 
     def _until_poll(self) -> float:
-        if not self.started: return 0
+        if not self.started or not self.journal.active and self.checked < 0: return 0
         wait = self.device.poll_s*self._spread()
+        if self.checked < 0: wait = min(wait, 120*(self._spread() - 0.75))   # after a start soon, but not the whole plant at once when the mains come back
         if self.decision and not self.decision.now and self.decision.release: wait = min(wait, until_open(list(self.decision.windows), self._local()) + 1)
         return min(wait, STATES['IDLE'].timeout_s)
 
