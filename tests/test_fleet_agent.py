@@ -286,7 +286,10 @@ def test_a_device_uses_the_network_only_when_it_may(here):
     plant = Plant(here/'repo'); clock = Clock(datetime.datetime(2026, 6, 1, 12).timestamp())
     m = machine_of(here/'device', plant, clock, device=device_of('http://127.0.0.1:1', connect=[{'days': 'mon-sun', 'from': '03:00', 'to': '04:00'}]))
     asked = []
-    m._check = lambda deadline: (asked.append(datetime.datetime.fromtimestamp(clock.now).hour), 'nothing', '')[1:]
+    def look(deadline):
+        m.checked = m.steady(); asked.append(datetime.datetime.fromtimestamp(clock.now).hour)
+        return 'nothing', ''
+    m._check = look
     live(m, clock, 3*86400)
     assert set(asked) == {3} and len(asked) >= 3
 

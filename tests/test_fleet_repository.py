@@ -7,7 +7,7 @@ from tuf.ngclient import Updater
 from tuf.ngclient.fetcher import FetcherInterface
 from edgenb.core import EdgenbError, digest, digest_of, write_json
 from edgenb.fleet.keys import ceremony, unlock
-from edgenb.fleet.repository import Repository, create, merge_staged, sign_staged
+from edgenb.fleet.repository import Repository, create, describe_staged, merge_staged, sign_staged
 
 SECRET = lambda folder: b'five random words are enough'
 
@@ -115,6 +115,24 @@ def test_a_signature_by_a_key_without_the_role_counts_for_nothing(tmp_path, keys
     write_json(repository.path/'staged.json', staged)
     sign_staged(repository.path/'staged.json', by(keys, 'root-1', 'root-2', 'targets-1', 'targets-2', 'usb-1'))
     assert not repository.commit(online(keys)).done
+
+
+def test_a_holder_is_shown_what_the_metadata_says_and_signs_only_with_the_keys_of_that_role(tmp_path, keys, repository):
+    sha, evil = digest_in(toy_bundle(tmp_path/'bundle')), f"releases/{'e'*64}.json"
+    repository.publish(tmp_path/'bundle')
+    staged, file, holder = json.loads((repository.path/'staged.json').read_text()), tmp_path/'stick.json', by(keys, 'root-1', 'targets-1', 'models-1')
+    role, = staged['metadata']
+    write_json(file, staged | {'why': ['nothing of importance']})
+    assert any(sha in line for line in describe_staged(file, holder))
+    signed = staged['metadata'][role]['signed']
+    def carried(change): write_json(file, staged | {'metadata': {role: {'signatures': [], 'signed': signed | change}}, 'keys': {role: [s.public_key.keyid for s in keys[2]]}})
+    path, target = next(iter(signed['targets'].items()))
+    for also in ({evil: target}, {path: target | {'custom': {'name': 'toy', 'version': 7}}}, {path: target | {'hashes': {'sha256': 'e'*64}}}):    # another bundle under an honest name, another version, another document
+        carried({'targets': signed['targets'] | also})
+        with pytest.raises(EdgenbError, match='do not sign'): describe_staged(file, holder)
+    targets = repository.published('targets').to_dict()['signed']                     # a file that calls the top-level targets a bin
+    carried({'delegations': targets['delegations']})
+    assert [name for _, name in sign_staged(file, holder)] == ['models-1'] and any('keys of models' in line for line in describe_staged(file, holder))
 
 
 def test_a_version_is_never_given_to_other_content(tmp_path, keys, repository):
@@ -250,9 +268,9 @@ def test_a_creation_that_was_cut_short_can_be_begun_again_or_finished(tmp_path, 
 
 def test_a_publisher_does_not_countersign_what_somebody_put_into_the_web_folder(tmp_path, keys, repository):
     repository.publish(toy_bundle(tmp_path/'one'), signers=keys[2])
-    role = next(r for r in repository.versions if r.startswith('models-') and repository.published(r).signed.targets)
+    role = next(r for r in repository.versions if r.startswith('releases-') and repository.published(r).signed.targets)
     path = repository.path/f'metadata/{repository.versions[role]}.{role}.json'
-    path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
+    path.write_text(path.read_text().replace('"version":1}', '"version":9}'))
     with pytest.raises(EdgenbError, match='not signed by the keys of its role'): Repository(repository.path).publish(toy_bundle(tmp_path/'two', 'other'), signers=keys[2])
     stamp = repository.path/'metadata/timestamp.json'
     stamp.write_text(stamp.read_text().replace(repository.timestamp.signed.expires.strftime('%Y'), '2099'))
@@ -294,3 +312,35 @@ def test_expired_roles_are_found_ahead_and_renewed(tmp_path, keys, repository):
     assert {f.what for f in later.check() if not f.ok} >= {'targets', 'models', 'timestamp'}
     for role in ('targets', 'models'): assert later.renew(role, keys[2]).done
     assert all(f.ok for f in later.check())
+
+
+def test_the_commands_lead_from_a_ceremony_to_a_stick(tmp_path, monkeypatch, capsys):
+    from edgenb.cli import main
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv('EDGENB_PASSPHRASE', 'five random words are enough')
+    def run(line, code=0):
+        assert main(line.split()) == code, (line, capsys.readouterr())
+        return capsys.readouterr().out
+    toy_bundle(tmp_path/'bundle'); toy_bundle(tmp_path/'second', 'other weights')
+    assert 'models: 2 of 3 must sign' in run('keys ceremony KEYS')
+    assert all(r['private'] for r in json.loads(run('keys list KEYS --json')))
+    assert run('registry add bundle') == 'toy:1\n' == run('registry add bundle')
+    run('registry add second'); run('registry promote toy:1 champion --why first')
+    assert [r['aliases'] for r in json.loads(run('registry list --json'))] == [['champion'], []]
+    run('repository create REPO --keys KEYS --bins 2')
+    assert '2 more of models-1, models-2, models-3' in run('repository publish REPO toy@champion --keys KEYS/online', 3)
+    run('repository check REPO', 1)
+    shutil.copy('REPO/staged.json', 'stick.json')
+    run('keys sign stick.json --keys KEYS/holder-1', 2)                                  # nobody there who has read it
+    assert digest_in(tmp_path/'bundle') in run('keys sign stick.json --keys KEYS/holder-1 --yes')
+    run('keys sign REPO/staged.json --keys KEYS/holder-3 --yes')
+    assert run('repository publish REPO --signed stick.json --keys KEYS/online') == 'published\n'
+    assert run('repository publish REPO toy:2 --from toy:1 --keys KEYS') == 'published\n'
+    run('repository check REPO')
+    run('repository export-usb REPO STICK --days 30 --only toy:1 --keys KEYS/online', 3)
+    run('keys sign STICK --keys KEYS/usb --yes')
+    run('repository refresh REPO --keys KEYS/online')
+    assert Device(tmp_path/'device', 'STICK').campaigns(tmp_path/'STICK')['serial'] == 0
+    run('keys rotate models --repository REPO --keys KEYS --add models-4 --remove models-1')
+    assert [f['ok'] for f in json.loads(run('repository check REPO --json'))].count(False) == 0
+    assert run('keys sign bundle --keys KEYS/holder-2 --yes').endswith('signed by models-2\n')
+    assert main('keys rotate models --repository REPO --keys KEYS --remove models-7'.split()) == 2 and 'Did you mean models-4' in capsys.readouterr().err

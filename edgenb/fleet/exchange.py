@@ -10,7 +10,7 @@ import hashlib, json, os, re, shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from ..core import EdgenbError, digest, file_errors, write_atomic, write_json
-from .registry import Registry, add, checkout, files_of, listing, resolve
+from .registry import Registry, add, files_of, listing, resolve
 
 # %% ../../nbs/fleet/exchange.ipynb #67625b41
 ARTIFACT, MANIFEST, EMPTY = 'application/vnd.edgenb.bundle.v1', 'application/vnd.oci.image.manifest.v1+json', 'application/vnd.oci.empty.v1+json'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'USB_MAY', 'PASSPHRASE', 'SIGNATURE', 'PAYLOAD', 'Role', 'read_public', 'new_key', 'write_private',
-           'key_files', 'unlock', 'ask_passphrase', 'Ring', 'load_ring', 'ceremony', 'record', 'statement',
-           'read_envelope', 'sign_bundle', 'verify_bundle']
+           'key_files', 'unlock', 'ask_passphrase', 'Ring', 'load_ring', 'ceremony', 'update_roles', 'record',
+           'statement', 'read_envelope', 'sign_bundle', 'verify_bundle']
 
 # %% ../../nbs/fleet/keys.ipynb #eaad3ad5
 import getpass, json, os, sys
@@ -140,6 +140,14 @@ def ceremony(folder: str | Path,              # a new one
         for name, place in pairs: new_key(folder/place, name, secrets[place])
     write_json(folder/'roles.json', {'roles': {n: {'keys': [name for name, _ in places[n]], 'threshold': r.threshold} for n, r in roles.items()}})
     return load_ring(folder)
+
+def update_roles(folder: str | Path, role: str, add: list = (), remove: list = (), threshold: int | None = None):
+    "Note in roles.json what a rotation changed."
+    path = Path(folder)/'roles.json'
+    found = json.loads(path.read_text(encoding='utf-8'))
+    r = found['roles'][role]
+    r['keys'], r['threshold'] = [k for k in r['keys'] if k not in remove] + [k for k in add if k not in r['keys']], threshold or r['threshold']
+    write_json(path, found)
 
 def record(ring: Ring) -> str:
     "The fingerprints of a ring, to be printed, compared and kept in a safe."

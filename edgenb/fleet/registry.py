@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'ALIAS', 'COLUMNS', 'Registry', 'open_registry', 'now', 'somebody', 'keep', 'add', 'resolve', 'files_of',
-           'checkout', 'promote', 'rollback', 'history', 'listing', 'lineage', 'show', 'verify']
+           'checkout', 'promote', 'rollback', 'history', 'listing', 'lineage', 'show', 'show_text', 'verify']
 
 # %% ../../nbs/fleet/registry.ipynb #fcf2d73c
-import contextlib, datetime, getpass, hashlib, json, os, re, shutil, sqlite3
+import contextlib, datetime, getpass, json, os, re, shutil, sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from ..core import EdgenbError, did_you_mean, digest, digest_of, file_errors, json_text, sync_folder, within
@@ -198,6 +198,15 @@ def show(registry: Registry, ref: str) -> dict:
     row = resolve(registry, ref)
     return next(r for r in listing(registry) if r['digest'] == row['digest']) | {'warnings': json.loads(row['manifest'])['warnings'], 'files': {n: {'sha256': s, 'length': l} for n, (s, l) in files_of(registry, row['digest']).items()},
                                                                                   'lineage': lineage(registry, ref), 'history': history(registry, row['name'])}
+
+def show_text(found: dict) -> str:
+    "What `show` gives, as a page of text."
+    lines = [f"{found['name']}:{found['version']}  {' '.join('@' + a for a in found['aliases'])}".rstrip(), f"digest    {found['digest']}", f"added     {found['at']} by {found['who']}, {found['mb']} MB in {len(found['files'])} files",
+             f"promise   {found['runtime']} {found['precision']}, verdict {found['verdict'] or 'unknown'}, made from {found['data'] or 'unknown'} data", *(f'warning   {w}' for w in found['warnings']), 'lineage' if found['lineage'] else 'lineage   none in the bundle']
+    for c in found['lineage']:
+        lines.append(f"  {c['started'][:16]}  {c['room']:<8} {c['key'][:12]}  read {', '.join(f'{n} {d[:8]}' for n, d in c['read'].items())}" + (f"; wrote {', '.join(c['files'])}" if c['files'] else '') + (f"; shared with {', '.join(c['shared'])}" if c['shared'] else ''))
+    lines += ['aliases'] + [f"  {h['at']}  {h['alias']}: {h['was'] or 'nowhere'} -> {h['became'] or 'nowhere'}, {h['kind']} by {h['who']}: {h['why']}" for h in found['history']] if found['history'] else ['aliases   none so far']
+    return '\n'.join(lines)
 
 # %% ../../nbs/fleet/registry.ipynb #0668c65f
 def verify(registry: Registry) -> list:   # of (what, is it right, detail)

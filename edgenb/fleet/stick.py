@@ -9,8 +9,9 @@ __all__ = ['export_usb', 'sign_export']
 import copy, datetime, hashlib
 from pathlib import Path
 from ..core import EdgenbError, within, write_atomic, write_json
+from .delta import release_blobs, store_blob, write_file
 from .keys import ROLES, USB_MAY
-from .repository import DOCUMENT, Outcome, Repository, blobs_of, key_name, locked, parse, store_blob, write_file
+from .repository import DOCUMENT, Outcome, Repository, key_name, locked, parse
 
 # %% ../../nbs/fleet/stick.ipynb #e11ba700
 def export_usb(repository: Repository,
@@ -58,7 +59,7 @@ def _copy(source, to):
 def _copy_release(repository, bundle, target, folder):
     "The release and its blobs; each blob is checked on the way."
     release = repository.release(bundle)
-    for sha in blobs_of(release):
+    for sha in release_blobs(release):
         path = repository.path/'blobs'/sha[:2]/sha
         if not path.is_file() or hashlib.sha256(data := path.read_bytes()).hexdigest() != sha: raise EdgenbError(f'{path} is missing or damaged: publish the bundle {bundle[:12]} again')
         store_blob(folder/'blobs', data)
