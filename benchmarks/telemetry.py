@@ -71,7 +71,8 @@ def kills(folder):
 def costs(folder):
     "Processor time of the collector for full rows, in envelopes of 100."
     db, rng = folder/'costs.db', np.random.default_rng(0)
-    device = enrol(db, new_key(folder/'costs.key'), 'plant-1', 'orin', minute=NOW - 1440)['id']   # a budget that does not get in the way; accept(db, 'ab'*32)
+    device = enrol(db, new_key(folder/'costs.key'), 'plant-1', 'orin', minute=NOW - 1440)['id']   # a budget that does not get in the way
+    accept(db, 'ab'*32)
     signer = signer_of(folder/'costs.key')
     def row(n):
         metrics = {m.name: quantised(m, int(rng.integers(m.low, min(m.high, 5000) + 1))) if not m.size else [quantised(m, int(v)) for v in rng.integers(20, 400, m.size)] for m in METRICS.values() if not m.name.startswith('edgenb.drift.') and not m.name.endswith('error.count')}

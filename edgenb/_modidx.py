@@ -831,6 +831,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'edgenb.fleet.outbox.Outbox.waiting': ('fleet/outbox.html#outbox.waiting', 'edgenb/fleet/outbox.py'),
                                      'edgenb.fleet.outbox.Sent': ('fleet/outbox.html#sent', 'edgenb/fleet/outbox.py'),
                                      'edgenb.fleet.outbox._database': ('fleet/outbox.html#_database', 'edgenb/fleet/outbox.py'),
+                                     'edgenb.fleet.outbox._enough': ('fleet/outbox.html#_enough', 'edgenb/fleet/outbox.py'),
                                      'edgenb.fleet.outbox._get': ('fleet/outbox.html#_get', 'edgenb/fleet/outbox.py'),
                                      'edgenb.fleet.outbox._number': ('fleet/outbox.html#_number', 'edgenb/fleet/outbox.py'),
                                      'edgenb.fleet.outbox._post': ('fleet/outbox.html#_post', 'edgenb/fleet/outbox.py'),

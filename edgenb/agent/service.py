@@ -132,7 +132,8 @@ def run(root: Path, port: int | None = None):
     "`edgenb agent run`: SIGTERM and SIGINT end it cleanly, SIGHUP makes it look now."
     from edgenb.fleet.reporter import Reporter, outbox_at, setup_of
     box = outbox_at(root, load_device(root).id)
-    with Agent(root, observe=box and box.observe) as agent, contextlib.ExitStack() as beside:
+    def observe(name, value): box.set_model(agent.server.digest or None); box.observe(name, value)
+    with Agent(root, observe=box and observe) as agent, contextlib.ExitStack() as beside:
         for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, lambda *a: agent.stop())
         signal.signal(signal.SIGHUP, lambda *a: agent.wake(poll=not (agent.root/'request.json').exists()))
         agent.machine.step()   # serve first
@@ -144,8 +145,7 @@ def run(root: Path, port: int | None = None):
 
 def _told(machine) -> dict:
     "What telemetry says of the machine."
-    held = machine.journal.serving()
-    return {'model': held.digest if held else None, 'state': machine.state}
+    return {'model': machine.server.digest or None, 'state': machine.state}
 
 
 def hand_over(root: Path, request: dict) -> int | None:   # the process

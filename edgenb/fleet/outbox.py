@@ -57,6 +57,8 @@ def joined(a: dict, b: dict   # totals, and those that came after
 # %% ../../nbs/fleet/outbox.ipynb #1701e4e8
 SUMS, SUM_ROWS, A_DAY = 'edgenb.drift.sums', 'edgenb.drift.rows', 1440   # minutes
 
+def _enough(name, held): return (held['rows'] if METRICS[name].kind == 'sums' else sum(held)) >= METRICS[name].least
+
 def released(totals: dict,         # of `added`; what is released is taken out
              sums_due: bool, rng   # numpy Generator
             ) -> dict:             # name -> whole number or list of them
@@ -65,11 +67,11 @@ def released(totals: dict,         # of `added`; what is released is taken out
     for name in list(totals):
         m = METRICS[name]
         if m.kind == 'sums':
-            if not sums_due or totals[name]['rows'] < m.least: continue
+            if not sums_due or not _enough(name, totals[name]): continue
             out[SUM_ROWS] = quantised(METRICS[SUM_ROWS], totals[name]['rows'])
             out[name] = rounded_sums(totals[name]['total'], totals[name]['rows'], rng)
         elif m.kind == 'histogram':
-            if sum(totals[name]) < m.least: continue
+            if not _enough(name, totals[name]): continue
             out[name] = [quantised(m, v) for v in totals[name]]
         else: out[name] = quantised(m, totals[name])
         del totals[name]
@@ -160,51 +162,52 @@ class Outbox:
                 value):            # a number; for the drift sums features (n, 256)
         "Take one observation; one that is no such number is counted and goes no further."
         if name not in METRICS: raise EdgenbError(f'telemetry has no metric of this name.{did_you_mean(str(name)[:80], METRICS)}')
-        with self._lock: added(self._totals, name, value)
+        with self._lock: added(self._totals.setdefault(self._model, {}), name, value)
 
-    def set_model(self, model: str | None, minute: int | None = None):
-        "Another bundle decides from now on: what was observed so far is closed as the old one's."
-        with self._disk:
-            if model == self._model: return
-            if self._totals: self.close(minute, force=True)
-            with self._lock: self._totals = {n: v for n, v in self._totals.items() if METRICS[n].kind not in ('histogram', 'sums')}   # of too few decisions, and nobody else's
-            self._model = model
+    def set_model(self, model: str | None):
+        "Another bundle decides from now on; what was observed so far stays the old one's. As cheap as it looks: call it before every observation if you like."
+        self._model = model
 
     def close(self, minute: int | None = None,   # of the end, since 1970; default: this machine's clock
               force: bool = False                # even over the budget, which the collector then makes it wait for
-             ) -> dict | None:                   # the row, on the disk; None where the budget is used up and the interval goes on
-        "Make a row of what was observed since the last one."
+             ) -> dict | None:                   # the row of the model that decides now, on the disk; None where the budget is used up and the interval goes on
+        "Make a row, one for each model that decided, of what was observed since the last time."
         minute = int(time.time()//60) if minute is None else int(minute)
         at = min(max(minute, MINUTE_LOW), MINUTE_HIGH - 1)//MINUTE_STEP*MINUTE_STEP
         with self._disk:
-            with self._lock: taken, self._totals = self._totals, {}
-            try: row, left = self._closed(dict(taken), at, force)
-            except BaseException: row, left = None, taken; raise
+            with self._lock: now, taken, self._totals = self._model, self._totals, {}
+            left = taken
+            try: row, left = self._closed({m: dict(t) for m, t in taken.items()}, now, at, force)
             finally:
-                with self._lock: self._totals = joined(left, self._totals)   # what was not released, before what has come meanwhile
+                with self._lock: self._totals = {m: joined(left.get(m, {}), self._totals.get(m, {})) for m in {**left, **self._totals}}   # what was not released, before what has come meanwhile
         return row
 
-    def _closed(self, totals, at, force):
-        "The row and what is left of the totals; (None, totals) where the budget does not allow one."
+    def _closed(self, totals, now, at, force):
+        "The row of the model `now`, and what is left of the totals; (None, totals) where the budget does not allow one."
         with _database(self.path) as db:
             level, spent, due = _get(db, 'bits', SAVED*BUDGET*8), _get(db, 'spent', at), _get(db, 'sums', 0)
             level = min(SAVED*BUDGET*8, level + max(0, at - spent)/A_DAY*BUDGET*8)
-            sums = abs(at - due) >= A_DAY
+            sums, boot = abs(at - due) >= A_DAY, self._boot
             if level < capacity({'metrics': METRICS if sums else {n: 0 for n in METRICS if n != SUMS}}) and not force: return None, totals
-            totals['edgenb.interval.duration'] = totals.get('edgenb.interval.duration', 0) + round((time.monotonic() - self._since)/60)
-            totals['edgenb.telemetry.queue'] = db.execute('SELECT count(*) FROM rows').fetchone()[0]
-            boot, seq = self._next(db, totals)
-            row = {'device': self.device, 'boot': boot, 'seq': seq, 'at': at, 'model': self._model, 'metrics': released(totals, sums, self._rng)}
-            _put(db, row)
-            _set(db, boot=boot, seq=seq, bits=level - capacity(row), spent=at, **({'sums': at} if SUMS in row['metrics'] else {}))
+            minutes = round((time.monotonic() - self._since)/60)
+            for model in sorted(totals.keys() - {now}, key=str) + [now]:   # what decided before, then what decides now
+                t = totals.setdefault(model, {})
+                if model != now and not (t := {n: v for n, v in t.items() if METRICS[n].kind not in ('histogram', 'sums') or _enough(n, v)}): continue   # too few of an old model stay untold
+                t['edgenb.interval.duration'] = t.get('edgenb.interval.duration', 0) + minutes
+                boot, seq = self._next(db, boot, t)
+                if model == now: t['edgenb.telemetry.queue'] = db.execute('SELECT count(*) FROM rows').fetchone()[0]
+                row = {'device': self.device, 'boot': boot, 'seq': seq, 'at': at, 'model': model, 'metrics': released(t, sums, self._rng)}
+                _put(db, row)
+                level -= capacity(row)
+                _set(db, boot=boot, seq=seq, bits=level, spent=at, **({'sums': at} if SUMS in row['metrics'] else {}))
             _shrink(db, self.most, self._rng)
         self._boot, self._since = boot, time.monotonic()
-        return row, totals
+        return row, {now: totals[now]}
 
-    def _next(self, db, totals):
+    def _next(self, db, current, totals):
         "Key of the next row; the first one of a process is of a new boot, and tells of the start."
         boot, seq = int(_get(db, 'boot', -1)), int(_get(db, 'seq', -1))
-        if self._boot is None:
+        if current is None:
             totals['edgenb.process.restart.count'] = totals.get('edgenb.process.restart.count', 0) + 1
             return boot + 1, 0
         return (boot, seq + 1) if seq + 1 < 2**COUNTER_BITS else (boot + 1, 0)

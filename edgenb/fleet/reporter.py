@@ -85,7 +85,7 @@ class Reporter:
     def tick(self):
         "Look once; called every half minute."
         now, told = self.clock(), self.status()
-        if 'model' in told: self.box.set_model(told['model'], int(now//60))
+        if 'model' in told: self.box.set_model(told['model'])
         for name, value in machine_facts(self.root).items(): self.box.observe(name, value)
         if abs(now - self.closed) >= self.setup['minutes']*60:
             self.box.observe('edgenb.process.uptime', (now - self.began)/60); self.box.observe('edgenb.agent.version', version_number())
@@ -104,7 +104,7 @@ class Reporter:
         while not self.stopping.wait(every):
             try: self.tick()
             except Exception as e: self.log(f'telemetry: {e if isinstance(e, EdgenbError) else type(e).__name__}; tried again')   # the agent must not notice; other messages may hold anything
-        try: self.box.close(int(self.clock()//60))
+        try: self.box.set_model(self.status().get('model')); self.box.close(int(self.clock()//60))
         except EdgenbError as e: self.log(f'telemetry: {e}')
 
     def start(self) -> 'Reporter':
