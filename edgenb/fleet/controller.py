@@ -328,7 +328,9 @@ def plan_ship(bundle: str | Path, repository: str | Path, devices: list, p: Poli
 # %% ../../nbs/fleet/controller.ipynb #66e40715
 def watch(folder: str | Path, telemetry: str | Path, publish: Callable, once: bool = False, as_json: bool = False, wait: Callable = time.sleep) -> int:
     "Look, decide, wait, until the campaign is over; a repository or database that is busy is tried again. Returns the exit code: 1 for a release that was sent back or is stuck."
-    from edgenb.fleet.collector import evidence
+    from edgenb.fleet.collector import accept, evidence, store
+    with store(telemetry): pass      # a mistyped name is no new collector
+    for digest in filter(None, (Standing(folder).campaign.release, Standing(folder).campaign.replaces)): accept(telemetry, digest)   # or its canaries' rows would be refused
     while True:
         try: d = step(folder, lambda c, began, since, now: evidence(telemetry, c, began, since, now), publish, read_inventory(telemetry))
         except EdgenbError as e:
