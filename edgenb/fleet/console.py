@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'MOST_SIGNS', 'ACTIONS', 'Board', 'alerts_of', 'board_of', 'cell', 'map_html', 'exposure_figure',
-           'guard_figure', 'guards_table', 'log_table', 'in_words', 'steer', 'signed_html', 'console']
+           'guard_figure', 'nearest', 'guards_table', 'log_table', 'in_words', 'steer', 'signed_html', 'console']
 
-# %% ../../nbs/fleet/console.ipynb #64db4771
+# %% ../../nbs/fleet/console.ipynb #10abbbd4
 import html, json
 from dataclasses import dataclass, field
 from typing import Callable
@@ -17,7 +17,7 @@ from .campaign import pause, roll_back
 from .simulate import Rehearsal
 from .world import STATES
 
-# %% ../../nbs/fleet/console.ipynb #5aff5ed6
+# %% ../../nbs/fleet/console.ipynb #a11f4a25
 @dataclass(frozen=True, eq=False)
 class Board:
     "A campaign for the console: one entry a look at the fleet."
@@ -60,7 +60,7 @@ def board_of(r: Rehearsal) -> Board:
     return Board(f'{r.world.devices:,} devices in {r.world.plants} plants', True, r.sites, r.hardware, [l['hour'] for l in r.looks], r.grid, [l['state'] for l in r.looks], [l['percent'] for l in r.looks],
                  [l['exposed'] for l in r.looks], figures, r.log, alerts_of(r))
 
-# %% ../../nbs/fleet/console.ipynb #4793c548
+# %% ../../nbs/fleet/console.ipynb #8eb0f941
 SIGNS = {'old': ('□', '#8a8a8a', 'old model'), 'fetching': ('◔', '#3a93c8', 'fetching'), 'ready': ('◑', '#3a93c8', 'waits for its window'), 'installing': ('◕', '#3a93c8', 'installing'), 'off': ('○', '#c98a00', 'without power'),
          'new': ('■', '#1f6fb5', 'new model'), 'back': ('◇', '#0f8a63', 'went back'), 'refused': ('✗', '#d1495b', 'refused it')}   # state -> sign, colour (legible on white and on black), words
 MOST_SIGNS = 24   # in a cell of the map
@@ -85,7 +85,7 @@ def map_html(b: Board, look: int) -> str:
     many = '' if per == 1 else f' A sign stands for up to {per:,} devices.'
     return f'<p><small>{legend}.{many}</small></p><table><caption>{esc(b.title)}{" (simulated)" if b.simulated else ""}, hour {b.hours[look]:g}</caption><thead>{head}</thead><tbody>{rows}</tbody></table>'
 
-# %% ../../nbs/fleet/console.ipynb #08744c61
+# %% ../../nbs/fleet/console.ipynb #50f77a32
 def _figure(b, title, y, **layout):
     import plotly.graph_objects as go
     figure = go.Figure(layout=dict(title=title + (' (simulated)' if b.simulated else ''), xaxis_title='hours since the campaign began', yaxis_title=y, template='plotly_white', width=760, height=330, **layout))
@@ -108,13 +108,17 @@ def guard_figure(b: Board, name: str, look: int):
     if limits := [(p[0], float(p[2])) for p in points if p[2] is not None]: figure.add_scatter(x=[h for h, _ in limits], y=[v for _, v in limits], mode='lines', name='boundary', line=dict(dash='dot', color='black'))
     return figure
 
+def nearest(b: Board) -> list:   # names of figures
+    "What is watched, the nearest to its boundary (at any time) first."
+    return sorted(b.figures, key=lambda n: -max((v/limit if limit else v for _, v, limit in b.figures[n] if limit is not None), default=-np.inf))
+
 def guards_table(b: Board, look: int) -> str:
     "What is watched, as it stands at a look."
     rows = []
-    for name, points in b.figures.items():
-        if not (now := [p for p in points if p[0] <= b.hours[look]]): continue
+    for name in nearest(b):
+        if not (now := [p for p in b.figures[name] if p[0] <= b.hours[look]]): continue
         _, value, limit = now[-1]
-        rows.append([name, f'{value:.4g}', None if limit is None else f'{limit:.4g}', '' if limit is None else 'over its boundary' if value > limit else f'{value/limit:.0%} of its boundary' if limit else 'within'])
+        rows.append([name, f'{value:.4g}', None if limit is None else f'{limit:.4g}', '' if limit is None else 'over its boundary' if value >= limit else 'below its boundary'])
     return table(['watched', 'value', 'boundary', ''], rows, 'what the campaign is judged by')
 
 def log_table(b: Board, look: int) -> str:
@@ -124,7 +128,7 @@ def log_table(b: Board, look: int) -> str:
     alarms = [[f"{a['hour']:.0f}", a['where'], a['what']] for a in b.alerts if a['hour'] <= now]
     return decided + (table(['hour', 'where', 'what'], alarms, 'alerts') if alarms else '<p>No alerts.</p>')
 
-# %% ../../nbs/fleet/console.ipynb #c135aaf7
+# %% ../../nbs/fleet/console.ipynb #0ac98a27
 def in_words(b: Board, look: int) -> str:
     "One line: where the campaign is."
     now = b.grid[look].sum((0, 1))
@@ -152,20 +156,20 @@ def console(source,                        # a Board, a Rehearsal, or a function
     def read():
         b = source() if callable(source) else source
         return board_of(b) if isinstance(b, Rehearsal) else b
-    def page(b, look): return [f'<p>{html.escape(in_words(b, look))}</p>', map_html(b, look), exposure_figure(b, look), *([guards_table(b, look)] if b.figures else []), *(guard_figure(b, n, look) for n in list(b.figures)[:2]), log_table(b, look)]
+    def page(b, look): return [f'<p>{html.escape(in_words(b, look))}</p>', map_html(b, look), exposure_figure(b, look), *([guards_table(b, look)] if b.figures else []), *(guard_figure(b, n, look) for n in nearest(b)[:2]), log_table(b, look)]
     def paper():
         b = read()
         return page(b, len(b.hours) - 1)
     panel = Panel('campaign console', paper, lambda: _console_widget(panel, read, act))
     return panel
 
-# %% ../../nbs/fleet/console.ipynb #a4ebb0b1
+# %% ../../nbs/fleet/console.ipynb #807f67f2
 def _console_widget(panel, read, act):
     "The console on a screen: a slider over the looks, the map, the figures, and two buttons."
     import ipywidgets as w
     b = read()
     look = w.SelectionSlider(options=_looks(b), value=len(b.hours) - 1, description='Hour', continuous_update=False, tooltip='the fleet as it was at this hour; arrow keys move it', layout=w.Layout(width='40em'))
-    guard = w.Dropdown(options=list(b.figures) or ['nothing'], description='Watched', tooltip='the figure that is drawn', layout=w.Layout(width='30em'))
+    guard = w.Dropdown(options=nearest(b) or ['nothing'], description='Watched', tooltip='the figure that is drawn', layout=w.Layout(width='30em'))
     reason = w.Text(description='Because', placeholder='the reason is signed with the rest', tooltip='why the campaign is paused or rolled back', layout=w.Layout(width='36em'))
     buttons = {a: w.Button(description=text, tooltip=tip if act else 'nobody signs here: pass act=', button_style=style, disabled=act is None) for a, (text, tip, style) in ACTIONS.items()}
     refresh, status, signed, view, guards = w.Button(description='Look again', tooltip='read the campaign anew'), w.HTML(), w.HTML(), w.HTML(), w.HTML()
@@ -184,7 +188,7 @@ def _console_widget(panel, read, act):
     def again(_=None):
         b = state['board'] = read()
         state['quiet'] = True
-        look.options, guard.options = _looks(b), list(b.figures) or ['nothing']
+        look.options, guard.options = _looks(b), nearest(b) or ['nothing']
         look.value, state['quiet'] = len(b.hours) - 1, False
         draw()
     def do(action):
