@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'GIVEN', 'argument', 'command', 'command_recipes', 'command_run', 'command_sweep', 'command_predict',
            'command_verify', 'command_compare', 'command_fit', 'command_weights', 'command_doctor',
-           'command_completion', 'command_card', 'command_open', 'command_new', 'parser', 'main']
+           'command_completion', 'command_card', 'command_open', 'command_new', 'command_ship', 'command_campaign',
+           'parser', 'main']
 
 # %% ../nbs/17_cli.ipynb #61b96ae7
 import argparse, sys
@@ -279,6 +280,79 @@ def command_new(args):
     from edgenb.workspace import new_recipe
     path = new_recipe(args.name, args.source, _given(args))
     print(f'{path}\ntry it:  edgenb run {args.name} -p smoke true\nopen it: edgenb open {args.name}')
+
+# %% ../nbs/17_cli.ipynb #f1ee7c02
+@command(argument('bundle', help='folder of a bundle that is released in the repository'),
+         argument('--repository', required=True, metavar='REPO', help='the update repository'),
+         argument('--keys', metavar='KEYS', help='folder with the online key'),
+         argument('--inventory', required=True, metavar='FILE', help='the devices: CSV or JSON with id, site and hardware, or the database of the collector'),
+         argument('--canary', metavar='5%', help="the first stage (default: by the fleet's size)"),
+         argument('--stages', metavar='5,25,50,100', help="per cent of the fleet (default: by its size)"),
+         argument('--guard', action='append', default=[], metavar='NAME=LIMIT', help='latency_p99=50ms, memory=300MB, crashes=0, drift=0, confidence=0.1, silent=24h, failed=10%%, or NAME=off; may be repeated'),
+         argument('--alpha', type=float, help='probability that a release which is no worse is sent back (default: by size)'),
+         argument('--margin', metavar='1%', help='points more errors that do not matter (default 1%%)'),
+         argument('--window', action='append', default=[], metavar='WHEN', help="maintenance window in the devices' local time, such as 'mon-fri 22:00-04:00'; may be repeated"),
+         argument('--soak-hours', type=float, metavar='H', help='a stage lasts at least'),
+         argument('--deadline-hours', type=float, metavar='H', help='a stage must have decided within'),
+         argument('--at-deadline', choices=('pause', 'promote'), help='then: a person decides (default), or it goes on if no guard rings'),
+         argument('--replaces', metavar='DIGEST', help="the bundle that devices run now, or 'nothing' (default: what the last campaign left)"),
+         argument('--agent', default='0.1.0', help='the oldest agent that may take part (default 0.1.0)'),
+         argument('--id', default='', help='name of the campaign'),
+         argument('--log', default='', metavar='FOLDER', help='where campaigns are written down (default: REPO.campaigns)'),
+         argument('--passphrase-file', default='', metavar='FILE', help='of the online key (default: $EDGENB_PASSPHRASE, else asked for)'),
+         argument('--dry-run', action='store_true', help='say who would get it, when and by which rules; sign nothing'))
+def command_ship(args):
+    "begin a rollout: a canary first, then stages that labels and guards decide"
+    from edgenb.core import EdgenbError
+    from edgenb.fleet.controller import begin, folder_of, plan_ship, plan_text, policy_for, publisher, read_inventory, standing_text
+    devices = read_inventory(args.inventory)
+    policy = policy_for(len(devices), args.canary, args.stages, args.guard, args.alpha, args.margin, args.at_deadline, args.deadline_hours, args.soak_hours, args.window)
+    campaign = plan_ship(args.bundle, args.repository, devices, policy, args.replaces, args.id, agent=args.agent)
+    print(plan_text(campaign, policy, devices))
+    if args.dry_run: return print('dry run: nothing was signed')
+    if not args.keys: raise EdgenbError('ship needs --keys, the folder with the online key (or --dry-run)')
+    from edgenb.fleet.keys import ask_passphrase
+    s = begin(folder_of(args.repository, args.log), campaign, policy, devices, publisher(args.repository, args.keys, ask_passphrase(args.passphrase_file)))
+    print(f'\n{standing_text(s)}\nlog: {s.folder}\ngo on with: edgenb campaign watch --repository {args.repository} --keys {args.keys} --telemetry DB')
+
+
+# %% ../nbs/17_cli.ipynb #f1ee7c03
+@command(argument('action', choices=('list', 'show', 'step', 'watch', 'pause', 'resume', 'abort', 'rollback', 'replay'), help='step looks once and decides; watch repeats it; replay recomputes every decision from the log'),
+         argument('id', nargs='?', default='', help='of the campaign (default: the one that is under way)'),
+         argument('--repository', required=True, metavar='REPO', help='the update repository'),
+         argument('--keys', metavar='KEYS', help='folder with the online key'),
+         argument('--telemetry', metavar='DB', help='database of the collector'),
+         argument('--reason', default='', help='why: for pause, resume, abort and rollback'),
+         argument('--log', default='', metavar='FOLDER', help='where campaigns are written down (default: REPO.campaigns)'),
+         argument('--passphrase-file', default='', metavar='FILE', help='of the online key (default: $EDGENB_PASSPHRASE, else asked for)'),
+         argument('--json', action='store_true', help='as JSON'))
+def command_campaign(args):
+    "how a rollout stands; decide its next step; pause, resume, abort or roll it back; audit it"
+    import json
+    from edgenb.core import EdgenbError
+    from edgenb.fleet.controller import act, folder_of, replay, standing, standing_text, standings, watch
+    folder = folder_of(args.repository, args.log)
+    if args.action == 'list':
+        found = [s.campaign.to_dict() for s in standings(folder)]
+        if args.json: return print(json.dumps(found))
+        for c in found: print(f"{c['id']:<32} {c['state']:<12} {c['stages'][c['stage']]:>4g} %  {c['name']}  {c['release'][:12]}  {c['reason'][:80]}")
+        return print('no campaigns') if not found else None
+    s = standing(folder, args.id)
+    if args.action == 'show': return print(json.dumps({'campaign': s.campaign.to_dict(), 'policy': s.policy.to_dict(), 'began': s.began, 'since': s.since, 'last': s.last}) if args.json else standing_text(s))
+    if args.action == 'replay':
+        wrong = replay(s.folder)
+        print(json.dumps({'lines': len(s.log), 'wrong': wrong}) if args.json else '\n'.join([f'line {n}: {what}' for n, what in wrong] + [f'{s.campaign.id}: {len(s.log)} lines, ' + (f'{len(wrong)} do not follow' if wrong else 'every decision follows from its evidence')]))
+        return 1 if wrong else 0
+    if not args.keys: raise EdgenbError(f'campaign {args.action} signs: it needs --keys, the folder with the online key')
+    from edgenb.fleet.controller import publisher
+    from edgenb.fleet.keys import ask_passphrase
+    publish = publisher(args.repository, args.keys, ask_passphrase(args.passphrase_file))
+    if args.action in ('step', 'watch'):
+        if not args.telemetry: raise EdgenbError(f'campaign {args.action} needs --telemetry, the database of the collector (edgenb collect)')
+        return watch(s.folder, args.telemetry, publish, once=args.action == 'step', as_json=args.json)
+    c = act(s.folder, args.action, args.reason, publish)
+    print(json.dumps(c.to_dict()) if args.json else standing_text(standing(folder, c.id)))
+
 
 # %% ../nbs/17_cli.ipynb #9ce138b1
 def parser() -> argparse.ArgumentParser:

@@ -21,8 +21,7 @@ def days_of(text: str) -> set:   # of 0 (Monday) to 6
     found = set()
     for part in str(text).split(','):
         first, dash, last = (p.strip() for p in part.partition('-'))
-        if bad := [d for d in (first, last) if d not in DAYS and (d or not dash and d is first)]: raise EdgenbError(f"window: {bad[0]!r} is no day: write {', '.join(DAYS)}, with '-' and ','")
-        if dash and not last: raise EdgenbError(f'window: {part!r} has no end')
+        if bad := [d for d in ((first, last) if dash else (first,)) if d not in DAYS]: raise EdgenbError(f"window: {bad[0]!r} is no day: write {', '.join(DAYS)}, with '-' from one to another and ',' between")
         a, b = DAYS.index(first), DAYS.index(last or first)
         found |= {(a + i) % 7 for i in range((b - a) % 7 + 1)}
     return found
@@ -101,7 +100,10 @@ def parse(value: dict) -> Campaign:
 def start(devices: list,               # the inventory: dicts with id and the fields of strata
           name: str,                   # of the model
           release: str, replaces: str | None,
-          stages=(5, 25, 50, 100), strata=('site', 'hardware'), windows=(), agent: str = '0.1.0',
+          stages: tuple = (5, 25, 50, 100),           # per cent
+          strata: tuple = ('site', 'hardware'),       # fields of a device
+          windows: tuple = (),                        # maintenance windows
+          agent: str = '0.1.0',                       # the oldest that may take part
           id: str = '', seed: str = '',   # '' for new ones
           reason: str = '') -> Campaign:
     "A campaign at its first stage."
@@ -168,7 +170,9 @@ class Policy:
     look_minutes: int         # between two looks of `watch`
     why: dict = field(default_factory=dict)   # choice -> the reason
 
-    def to_dict(self) -> dict: return asdict(self) | {'stages': list(self.stages), 'windows': list(self.windows)}
+    def to_dict(self) -> dict:
+        "As JSON."
+        return asdict(self) | {'stages': list(self.stages), 'windows': list(self.windows)}
 
     @classmethod
     def from_dict(cls, value: dict) -> 'Policy':
@@ -217,7 +221,9 @@ class Decision:
     reached: int      # devices of the stage that have reported with the release
     asked: int        # devices of the stage
 
-    def to_dict(self) -> dict: return asdict(self) | {'guards': [asdict(g) for g in self.guards]}
+    def to_dict(self) -> dict:
+        "As JSON."
+        return asdict(self) | {'guards': [asdict(g) for g in self.guards]}
 
 def stage_alpha(alpha: float, stage: int, stages: int) -> float:
     "The part of alpha that a stage may spend."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['installs', 'peeked', 'name_of', 'Rehearsal', 'outcome', 'begin', 'rehearse', 'rehearse_many', 'summary']
 
-# %% ../../nbs/fleet/simulate.ipynb #acb233d9
+# %% ../../nbs/fleet/simulate.ipynb #9f65d56c
 import concurrent.futures, contextlib, importlib.util, json, math, os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .reports import Reports, begin_stage, collect, evidence, minute
 from .sequential import CANARY, CONTROL, Evidence
 from .world import BACK, NEW, OLD, REFUSED, STATES, Devices, Fleet, World, advance, make_fleet, publish
 
-# %% ../../nbs/fleet/simulate.ipynb #40eae6fd
+# %% ../../nbs/fleet/simulate.ipynb #675bbc5f
 def _go_on(c, ok, reason, guards, e):
     "The next stage, or the end."
     reached, asked = int((e.arm == CANARY).sum()), int(e.cohort.sum())
@@ -52,7 +52,7 @@ def name_of(judge) -> str:
     chosen = ', '.join(f'{k}={v!r}' for k, v in sorted(getattr(judge, 'keywords', {}).items()))
     return inner.__name__ + (f'({chosen})' if chosen else '')
 
-# %% ../../nbs/fleet/simulate.ipynb #69167dd7
+# %% ../../nbs/fleet/simulate.ipynb #f3a43d6f
 @dataclass(frozen=True, eq=False)
 class Rehearsal:
     "A campaign that was simulated."
@@ -91,7 +91,7 @@ def begin(world: World, seed: int, p: Policy) -> tuple:   # (Devices, Reports, C
     c = start(inventory, 'model', digest_of('new'), digest_of('old'), p.stages, windows=p.windows, seed=f'{seed:016x}')
     return Devices(fleet, window), Reports(fleet), c, inventory
 
-# %% ../../nbs/fleet/simulate.ipynb #e75b57e4
+# %% ../../nbs/fleet/simulate.ipynb #2d3d7d86
 def rehearse(world: World = World(), seed: int = 0, judge: Callable = decide,
              policy: Policy | None = None,      # default: for a fleet of this size
              every_h: float = 1.0,              # between two looks
@@ -134,7 +134,7 @@ def _grid(d):
     f, classes = d.fleet, len(d.fleet.world.hardware)
     return np.bincount(f.stratum*len(STATES) + d.state, minlength=f.world.plants*classes*len(STATES)).reshape(f.world.plants, classes, len(STATES)).astype(np.int32)
 
-# %% ../../nbs/fleet/simulate.ipynb #97a2593d
+# %% ../../nbs/fleet/simulate.ipynb #91dbc040
 def _kept(path: Path) -> dict:
     "Rows by seed of an earlier run; what a killed one left half-written is cut off."
     if not path.exists(): return {}
@@ -194,7 +194,7 @@ def rehearse_many(world: World, seeds, judge: Callable = decide,
             bar.update(len(rows))
     return [done[s] for s in seeds]
 
-# %% ../../nbs/fleet/simulate.ipynb #5d7c126e
+# %% ../../nbs/fleet/simulate.ipynb #52c7e293
 def summary(rows: list,               # of `rehearse_many`
             most: float = 0.06        # share of the fleet that a bad model may reach
            ) -> dict:
