@@ -656,6 +656,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'edgenb.fleet.console.in_words': ('fleet/console.html#in_words', 'edgenb/fleet/console.py'),
                                       'edgenb.fleet.console.log_table': ('fleet/console.html#log_table', 'edgenb/fleet/console.py'),
                                       'edgenb.fleet.console.map_html': ('fleet/console.html#map_html', 'edgenb/fleet/console.py'),
+                                      'edgenb.fleet.console.nearest': ('fleet/console.html#nearest', 'edgenb/fleet/console.py'),
                                       'edgenb.fleet.console.signed_html': ('fleet/console.html#signed_html', 'edgenb/fleet/console.py'),
                                       'edgenb.fleet.console.steer': ('fleet/console.html#steer', 'edgenb/fleet/console.py')},
             'edgenb.fleet.controller': { 'edgenb.fleet.controller.Standing': ( 'fleet/controller.html#standing',
