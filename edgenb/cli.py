@@ -565,15 +565,6 @@ def command_new(args: argparse.Namespace):
 GROUPS['agent'] = 'on a device: take signed updates, prove them, serve from two slots'
 AGENT = argument('--root', metavar='FOLDER', help='of the agent (default: $EDGENB_AGENT, else /var/lib/edgenb)')
 
-def _windows(texts):
-    "Windows such as 'mon-fri 22:00-04:00'."
-    from edgenb.core import EdgenbError
-    for text in texts:
-        days, _, hours = text.strip().rpartition(' ')
-        start, dash, end = hours.partition('-')
-        if not dash: raise EdgenbError(f"window '{text}': write it as 'mon-fri 22:00-04:00'")
-        yield {'days': days or 'mon-sun', 'from': start, 'to': end}
-
 @command(AGENT, argument('--root-json', required=True, metavar='FILE', help='the root of trust of the key ceremony; bring it another way than the updates'),
          argument('--repository', required=True, metavar='URL|FOLDER', help='where updates come from'),
          argument('--site', required=True, help='where the device stands'), argument('--hardware', required=True, help='what it is, such as orin-nano'),
@@ -583,7 +574,8 @@ def _windows(texts):
 def command_agent_enrol(args: argparse.Namespace):
     "make this device known to itself: who it is, whom it trusts, where updates come from"
     from edgenb.agent.service import enrol, place
-    device = enrol(place(args.root), args.root_json, args.repository, args.site, args.hardware, args.id, args.model, [*_windows(args.connect)])
+    from edgenb.fleet.windows import window_of
+    device = enrol(place(args.root), args.root_json, args.repository, args.site, args.hardware, args.id, args.model, [window_of(w) for w in args.connect])
     print(f'{device.id}\nenrolled in {place(args.root)}; give the fleet its id, site {device.site} and hardware {device.hardware}. Next: edgenb agent run')
 
 @command(AGENT, argument('--usb', metavar='FOLDER', help='read a stick instead of the repository'), group='agent')

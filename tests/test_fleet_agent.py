@@ -1,6 +1,6 @@
 """The agent: what it decides, that it always serves and never sticks, and that it does so as a process that is killed."""
 import base64, datetime, json, os, random, re, shutil, signal, subprocess, sys, tempfile, threading, time, urllib.error, urllib.request
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np
 import pytest
@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tinyfleet import DAY, EPOCH, NOW, Clock, Plant, Word, device_of, live, machine_of, prove_word, settled, tiny_bundle, use
 from edgenb.agent import machine as machine_module
-from edgenb.agent.decide import decide, is_open, takes_part, until_open
+from edgenb.agent.decide import decide
+from edgenb.fleet.cohorts import takes_part
+from edgenb.fleet.windows import until_open, window_open
 from edgenb.agent.machine import Machine, Nobody, Proof, STATES, prove, table
 from edgenb.agent.serve import BODY_MAX, QUEUE, Busy, Server, http_server, inputs_of
 from edgenb.agent.service import Agent, enrol, status
@@ -29,7 +31,7 @@ def here():
 
 
 # ---- what the campaigns ask
-def campaign(**kw): return {'id': 'c1', 'name': 'toy', 'release': B, 'replaces': A, 'state': 'running', 'stage': 1, 'stages': [5, 25], 'seed': 'ab', 'cutoffs': {'*': 'f'*64}, 'agent': '0.1.0', 'windows': [], 'reason': ''} | kw
+def campaign(**kw): return {'id': 'c1', 'name': 'toy', 'release': B, 'replaces': A, 'state': 'running', 'stage': 1, 'stages': [5, 25], 'seed': 'ab', 'strata': ['site', 'hardware'], 'cutoffs': {'*': 'f'*64}, 'agent': '0.1.0', 'windows': [], 'reason': ''} | kw
 def asked(*campaigns, runs=None, model='', at=TUESDAY, tries={}, version='0.1.0'):
     journal = Journal('a', {'a': Held(runs, good=True)}, tries=tries) if runs else Journal()
     return decide({'edgenb_campaigns': 1, 'serial': 1, 'campaigns': list(campaigns)}, device_of('/x', model=model), journal, at, version)
@@ -63,19 +65,19 @@ def test_a_release_that_failed_here_waits_for_another_campaign():
 
 def test_a_share_of_devices_takes_part_and_a_larger_share_holds_the_smaller_one():
     devices = [replace(device_of('/x'), id=f'{i:032x}') for i in range(2000)]
-    cut = lambda share: {'seed': 's', 'cutoffs': {'*': f'{int(share*16**8):08x}' + 'f'*56}}
-    few, more = ({d.id for d in devices if takes_part(cut(s), d)} for s in (0.05, 0.25))
+    cut = lambda share: {'seed': 's', 'strata': ['site', 'hardware'], 'cutoffs': {'*': f'{int(share*16**8):08x}' + 'f'*56}}
+    few, more = ({d.id for d in devices if takes_part(cut(s), asdict(d))} for s in (0.05, 0.25))
     assert few < more and 60 < len(few) < 140
 
 
 @pytest.mark.parametrize('days, start, end, at, wanted', [
     ('mon-sun', '22:00', '04:00', '2026-06-02T23:00', True), ('mon-sun', '22:00', '04:00', '2026-06-02T03:59', True), ('mon-sun', '22:00', '04:00', '2026-06-02T04:00', False), ('mon-sun', '22:00', '04:00', '2026-06-02T12:00', False),
-    ('sat', '22:00', '04:00', '2026-06-07T03:00', True), ('sat', '22:00', '04:00', '2026-06-06T03:00', False), ('mon-fri', '08:00', '17:00', '2026-06-06T09:00', False), ('fri-mon', '08:00', '17:00', '2026-06-07T09:00', True), ('sat,sun', '00:00', '24:00', '2026-06-07T23:59', True)])
+    ('sat', '22:00', '04:00', '2026-06-07T03:00', True), ('sat', '22:00', '04:00', '2026-06-06T03:00', False), ('mon-fri', '08:00', '17:00', '2026-06-06T09:00', False), ('fri-mon', '08:00', '17:00', '2026-06-07T09:00', True), ('sat,sun', '00:00', '00:00', '2026-06-07T23:59', True)])
 def test_windows_are_in_the_devices_time_and_pass_midnight(days, start, end, at, wanted):
     w = [{'days': days, 'from': start, 'to': end}]
     at = datetime.datetime.fromisoformat(at)
-    assert is_open(w, at) == wanted and (until_open(w, at) == 0) == wanted
-    assert wanted or is_open(w, at + datetime.timedelta(seconds=until_open(w, at) + 300))
+    assert window_open(w, at) == wanted and (until_open(w, at) == 0) == wanted
+    assert wanted or window_open(w, at + datetime.timedelta(seconds=until_open(w, at) + 300))
 
 
 # ---- the table

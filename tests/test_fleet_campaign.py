@@ -7,9 +7,10 @@ from filelock import FileLock, Timeout
 from hypothesis import given, settings, strategies as st
 from edgenb.cli import main
 from edgenb.core import EdgenbError
-from edgenb.fleet.campaign import CHECKS, DAYS, Policy, abort, apply, complete, decide, parse, pause, policy, promote, resume, roll_back, stage_alpha, start, window_open
+from edgenb.fleet.campaign import CHECKS, Policy, abort, apply, complete, decide, parse, pause, policy, promote, resume, roll_back, stage_alpha, start
+from edgenb.fleet.windows import DAYS, window_of, window_open
 from edgenb.fleet.cohorts import cohort
-from edgenb.fleet.controller import act, append, begin, plan_text, policy_for, read_inventory, read_log, replaced, replay, Standing, standing, standing_text, step, window_of
+from edgenb.fleet.controller import act, append, begin, plan_text, policy_for, read_inventory, read_log, replaced, replay, Standing, standing, standing_text, step
 from edgenb.fleet.sequential import Evidence
 
 NEW, OLD, T0 = 'b'*64, 'a'*64, 29_500_000

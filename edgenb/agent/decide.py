@@ -1,12 +1,13 @@
 """What the signed campaigns ask of this device: pure functions, so that every answer can be explained and tested. Written by hand, not exported."""
-import datetime, hashlib, re
+import datetime, re
 from dataclasses import dataclass
 import edgenb
 from edgenb.core import EdgenbError
+from edgenb.fleet.cohorts import takes_part
+from edgenb.fleet.windows import window_open
 from .storage import Device, Journal
 
 FORMAT = 1   # of campaigns.json and of a release
-DAYS = ('mon', 'tue', 'wed', 'thu', 'fri', 'sat', 'sun')
 STATES = ('running', 'paused', 'rolled-back', 'aborted', 'complete')
 HEX = re.compile(r'[0-9a-f]{64}')
 
@@ -27,55 +28,12 @@ def version_tuple(text: str) -> tuple:
     return tuple(int(n) for n in re.findall(r'\d+', str(text))[:4])
 
 
-def days(text: str) -> set:
-    "Days of the week from 'mon-fri' or 'sat,sun'."
-    found = set()
-    for part in text.lower().replace(' ', '').split(','):
-        first, _, last = part.partition('-')
-        if first not in DAYS or (last and last not in DAYS): raise EdgenbError(f"window: days '{text}' are not known; write 'mon-fri' or 'sat,sun'")
-        a, b = DAYS.index(first), DAYS.index(last or first)
-        found |= {d % 7 for d in range(a, (b if b >= a else b + 7) + 1)}
-    return found
-
-
-def minutes(text: str) -> int:
-    "Minutes since midnight from 'HH:MM'."
-    m = re.fullmatch(r'(\d{1,2}):(\d{2})', text)
-    if not m or int(m[1]) > 24 or int(m[2]) > 59: raise EdgenbError(f"window: '{text}' is not a time of day such as 22:00")
-    return int(m[1])*60 + int(m[2])
-
-
-def is_open(windows: list,                # of {'days', 'from', 'to'}; [] = any time
-            at: datetime.datetime         # the device's local time
-           ) -> bool:
-    "Whether a window is open. One that ends before it begins goes on past midnight and belongs to the day it began on."
-    at_minutes, day = at.hour*60 + at.minute, at.weekday()
-    for w in windows:
-        on, start, end = days(w.get('days', 'mon-sun')), minutes(w['from']), minutes(w['to'])
-        if start < end and day in on and start <= at_minutes < end: return True
-        if start >= end and (day in on and at_minutes >= start or (day - 1) % 7 in on and at_minutes < end): return True
-    return not windows
-
-
-def until_open(windows: list, at: datetime.datetime) -> int:   # seconds
-    "How long until a window opens; 0 while one is open, a week if none ever does."
-    return next((m*60 for m in range(0, 7*24*60 + 1, 5) if is_open(windows, at + datetime.timedelta(minutes=m))), 7*24*3600)
-
-
-def in_words(windows) -> str: return ' or '.join(f"{w.get('days', 'mon-sun')} {w['from']}-{w['to']}" for w in windows) or 'any time'
-
-
-def takes_part(campaign: dict, device: Device) -> bool:
-    "Whether the device's hash lies at or below the cutoff of its stratum (site/hardware). A device cannot choose its hash, and the seed differs from campaign to campaign."
-    cutoff = campaign['cutoffs'].get(device.stratum, campaign['cutoffs'].get('*', ''))
-    return hashlib.sha256(f"{campaign['seed']}:{device.id}".encode()).hexdigest() <= cutoff
-
-
 def _sound(c) -> bool:
     "A campaign has the fields that a decision needs, of the kinds that it needs."
     return (isinstance(c, dict) and all(isinstance(c.get(k), str) for k in ('id', 'name', 'release', 'state', 'seed')) and bool(HEX.fullmatch(c['release']))
             and (c.get('replaces') is None or isinstance(c['replaces'], str) and bool(HEX.fullmatch(c['replaces']))) and isinstance(c.get('cutoffs'), dict)
-            and all(isinstance(v, str) for v in c['cutoffs'].values()) and isinstance(c.get('windows', []), list))
+            and all(isinstance(v, str) for v in c['cutoffs'].values()) and isinstance(c.get('windows', []), list)
+            and isinstance(c.get('strata'), list) and all(s in ('site', 'hardware') for s in c['strata']))
 
 
 def decide(document: dict,                # campaigns.json, verified
@@ -111,7 +69,7 @@ def _wanted(c: dict, device: Device, journal: Journal) -> Decision:
     if c['state'] in ('paused', 'aborted'): return known_good if held is None else Decision(None, f"{name} is {c['state']}{reason}: nothing new is installed", c['id'])
     if c['state'] == 'complete': return Decision(c['release'], f'{name} is complete: every device runs its release', c['id'])
     stage = f"stage {c['stages'][c['stage']]} %" if isinstance(c.get('stages'), list) and isinstance(c.get('stage'), int) and 0 <= c['stage'] < len(c['stages']) else 'its stage'
-    if takes_part(c, device): return Decision(c['release'], f'{name}, {stage}: this device takes part ({device.stratum})', c['id'])
+    if takes_part(c, {'id': device.id, 'site': device.site, 'hardware': device.hardware}): return Decision(c['release'], f'{name}, {stage}: this device takes part ({device.stratum})', c['id'])
     if back and (held is None or held.digest != back): return known_good
     return Decision(None, f'{name}, {stage}: this device does not take part yet ({device.stratum})', c['id'])
 
@@ -121,6 +79,6 @@ def _timed(d: Decision, c: dict, journal: Journal, at: datetime.datetime) -> Dec
     if d.release is None or (journal.serving() and journal.serving().digest == d.release): return Decision(None, d.why, d.campaign)
     failed = journal.tries.get(d.release)
     if failed and failed['quarantined'] and failed['campaign'] == d.campaign: return Decision(None, f"{d.why}, but release {d.release[:12]}… failed here ({failed['reason']}): not tried again until another campaign names it", d.campaign)
-    try: now = journal.serving() is None or is_open(c.get('windows', []), at)
+    try: now = journal.serving() is None or window_open(c.get('windows', []), at)
     except (EdgenbError, KeyError, TypeError, AttributeError) as e: return Decision(None, f'campaign {d.campaign}: its maintenance windows cannot be read ({e})', d.campaign)
     return Decision(d.release, d.why, d.campaign, now, tuple(c.get('windows', [])), str(c.get('agent', '0')))

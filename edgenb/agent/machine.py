@@ -7,7 +7,8 @@ import contextlib, datetime, hashlib, json, os, signal, subprocess, sys, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from edgenb.core import EdgenbError
-from .decide import Decision, decide, in_words, is_open, until_open, version_tuple
+from edgenb.fleet.windows import until_open, window_open, windows_text
+from .decide import Decision, decide, version_tuple
 from .serve import available_mb
 from .storage import Device, Held, Journal, REFUSED_KEPT, Store, told
 from .trust import Deadline, OutOfTime, Source, Unreachable, look, now_trusted, source_of
@@ -164,7 +165,7 @@ class Machine:
     def _pause(self) -> float:
         "How long to wait after failures: a minute, doubled each time up to the timeout of BACK_OFF, spread over the fleet by the device's name."
         wait = min(60*2**min(max(self.failures - 1, 0), 12), STATES['BACK_OFF'].timeout_s if self._served() or not self.journal.active else 240)*self._spread()
-        if (plan := self.journal.plan) and plan['windows'] and not is_open(plan['windows'], self._local()): wait = min(wait, until_open(plan['windows'], self._local()) + 1)
+        if (plan := self.journal.plan) and plan['windows'] and not window_open(plan['windows'], self._local()): wait = min(wait, until_open(plan['windows'], self._local()) + 1)
         return min(wait, STATES['BACK_OFF'].timeout_s)
 
     def _spread(self) -> float: return 0.75 + int(hashlib.sha256(self.device.id.encode()).hexdigest()[:4], 16)/0xffff/2
@@ -226,9 +227,9 @@ class Machine:
         if self._doubtful(): return 'nothing', 'the model in use fails'
         if not self.asked and self.steady() < self.due: return 'wait', self.why
         self.asked = False
-        if self.device.connect and not self._stick() and not is_open(self.device.connect, self._local()):
+        if self.device.connect and not self._stick() and not window_open(self.device.connect, self._local()):
             self.due = self.steady() + until_open(self.device.connect, self._local()) + 1
-            return 'wait', f'uses the network only {in_words(self.device.connect)}'
+            return 'wait', f'uses the network only {windows_text(self.device.connect)}'
         return 'success', 'time to look'
 
     def _stick(self) -> bool: return bool(self.source and not self.source.base.startswith('http')) or not self.device.repository.startswith('http')
@@ -262,7 +263,7 @@ class Machine:
         plan, now = self.journal.plan, now_trusted(self.journal.floor, self.clock())
         other = self.journal.held(self.journal.other())
         if not plan or now >= plan['expires'] or not other or other.digest != plan['release']: raise error
-        open_ = is_open(plan['windows'], self._local())
+        open_ = window_open(plan['windows'], self._local())
         self.decision, self.view, self.checked = Decision(plan['release'], plan['why'], plan['campaign'], open_, tuple(plan['windows'])), None, self.steady()
         if not open_: raise error
         return 'success', f"{plan['why']} (read earlier; now {told(error)})"
@@ -331,7 +332,7 @@ class Machine:
             if found is None or found.digest != d.release: raise EdgenbError(f'what was put together is not the bundle {d.release[:12]}… that was signed: thrown away')
             self.save(slots=self.journal.with_slot(other, Held(d.release, self.release['name'], self.release['version'], d.campaign)).slots)
             self.store.keep_blobs(())
-        if not d.now: return 'nothing', f'release {d.release[:12]}… lies ready in slot {other} and waits for its window: {in_words(d.windows)}'
+        if not d.now: return 'nothing', f'release {d.release[:12]}… lies ready in slot {other} and waits for its window: {windows_text(d.windows)}'
         return 'success', f'slot {other} holds release {d.release[:12]}…, whole'
 
     def _empty(self, folder):

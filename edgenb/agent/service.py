@@ -2,7 +2,7 @@
 import contextlib, datetime, json, os, re, secrets, signal, threading, time
 from pathlib import Path
 from edgenb.core import EdgenbError, json_text
-from .decide import days, minutes
+from edgenb.fleet.windows import days_of, minute_of
 from .machine import Machine, STATES, prove
 from .serve import Server, http_server
 from .storage import Device, Store, load_device, told
@@ -29,7 +29,7 @@ def enrol(root: Path, root_json: Path, repository: str, site: str, hardware: str
     if not re.fullmatch(r'[0-9a-f]{32}', id): raise EdgenbError(f"enrol: id '{id}' must be 32 hex digits; without --id one is drawn")
     source_of(repository)
     if not re.match(r'https?://', repository): repository = str(Path(repository).absolute())
-    for w in connect: days(w['days']), minutes(w['from']), minutes(w['to'])
+    for w in connect: days_of(w['days']), minute_of(w['from']), minute_of(w['to'])
     try: data = Path(root_json).read_bytes()
     except OSError as e: raise EdgenbError(f'{root_json} cannot be read ({e.strerror}): take the root.json of the key ceremony') from None
     try:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'KEEP', 'read_inventory', 'keep', 'kept', 'read_log', 'append', 'now_minute', 'alone', 'Standing',
            'standings', 'standing', 'begin', 'step', 'act', 'replay', 'folder_of', 'publisher', 'replaced', 'plan_text',
-           'standing_text', 'per_cent', 'policy_for', 'window_of', 'plan_ship', 'watch']
+           'standing_text', 'per_cent', 'policy_for', 'plan_ship', 'watch']
 
 # %% ../../nbs/fleet/controller.ipynb #71ab0435
 import csv, datetime, getpass, hashlib, io, json, os, time
@@ -17,6 +17,7 @@ from ..core import EdgenbError, digest_of, did_you_mean, file_errors, json_text,
 from .campaign import Campaign, Decision, Policy, abort, apply, decide, parse, pause, policy, resume, roll_back, start
 from .cohorts import cohort, strata_of
 from .sequential import Evidence
+from .windows import window_of
 
 # %% ../../nbs/fleet/controller.ipynb #76459db1
 def read_inventory(path: str | Path, strata: tuple = ('site', 'hardware')) -> list:   # of dicts with id and the fields of strata
@@ -295,15 +296,6 @@ def policy_for(devices: int,
     if windows: asked['windows'] = tuple(window_of(w) for w in windows)
     changed = [k for k in asked if asked[k] != getattr(p, k)]
     return replace(p, **asked, why={k: v for k, v in p.why.items() if k not in changed} | {k: 'asked for' for k in changed}).checked()
-
-def window_of(text: str) -> dict:
-    "A maintenance window from 'mon-fri 22:00-04:00'; the days may be left out."
-    from edgenb.fleet.campaign import days_of, minute_of
-    days, _, hours = str(text).strip().rpartition(' ')
-    a, dash, b = hours.partition('-')
-    w = {'days': days.strip() or 'mon-sun', 'from': a.strip(), 'to': b.strip()}
-    days_of(w['days']), minute_of(w['from']), minute_of(w['to'])
-    return w
 
 def plan_ship(bundle: str | Path, repository: str | Path, devices: list, p: Policy, replaces: str | None = None, id: str = '', seed: str = '', agent: str = '0.1.0') -> Campaign:
     "The campaign that would ship a bundle; refuses what is not released, and a second campaign beside one that is under way."
