@@ -41,7 +41,7 @@ def command(*arguments, group: str = ''):   # 'agent': its commands are `edgenb 
 
 # %% ../nbs/17_cli.ipynb #36b18b0b
 @command()
-def command_recipes(args):
+def command_recipes(args: argparse.Namespace):
     "list the recipes"
     from edgenb.mill import headline, recipes
     for name, path in recipes().items(): print(f'{name:<12} {headline(path)[1]}')
@@ -74,7 +74,7 @@ def _given(args):
          argument('--no-progress', action='store_true', help='no progress bar'),
          argument('--timeout', type=float, metavar='SECONDS', help='end the run if it takes longer'),
          argument('--json', action='store_true', help='last line of the output: a JSON summary'))
-def command_run(args):
+def command_run(args: argparse.Namespace):
     "run a recipe as a batch job"
     import json
     from edgenb.mill import parameters, recipe, run_recipe, summary
@@ -105,7 +105,7 @@ def command_run(args):
          argument('--dask', choices=['local'], help='do the runs on a Dask cluster that is started here'),
          argument('--dry-run', action='store_true', help='say what would be done and what is finished; do nothing'),
          argument('--json', action='store_true', help='as JSON'))
-def command_sweep(args):
+def command_sweep(args: argparse.Namespace):
     "run a recipe many times: a grid, a list or a search; the same command goes on where it was"
     import json
     from edgenb.core import EdgenbError, within
@@ -145,7 +145,7 @@ def command_sweep(args):
          argument('images', nargs='+', metavar='image', help='image file'),
          argument('--json', action='store_true', help='one JSON object a line'),
          argument('--threads', type=int, default=1, help='threads of the runtime (default 1)'))
-def command_predict(args):
+def command_predict(args: argparse.Namespace):
     "decide on images with a bundle (needs the base install and the bundle's runtime)"
     import json
     from edgenb.core import EdgenbError
@@ -170,7 +170,7 @@ def command_predict(args):
          argument('--slowdown', type=float, help='multiply all times, to emulate a slower machine'),
          argument('--keep', action='store_true', help='leave the files on the device'),
          argument('--json', action='store_true', help='as JSON, with the answers'))
-def command_verify(args):
+def command_verify(args: argparse.Namespace):
     "measure and question a bundle, here or on a device over SSH"
     import json
     from edgenb.remote import report_text, verify_bundle
@@ -189,7 +189,7 @@ def command_verify(args):
          argument('--csv', metavar='FILE', help='write CSV'),
          argument('--mlflow', metavar='URI', help='write to MLflow: an address, or a folder'),
          argument('--json', action='store_true', help='as JSON'))
-def command_compare(args):
+def command_compare(args: argparse.Namespace):
     "one table of all runs"
     import json
     from pathlib import Path
@@ -213,7 +213,7 @@ def command_compare(args):
          argument('--device', help='a row of devices.toml; local is measured first (default: all)'),
          argument('--ambient', type=float, default=25.0, metavar='C', help='temperature of the air around the device (default 25)'),
          argument('--json', action='store_true', help='as JSON'))
-def command_fit(args):
+def command_fit(args: argparse.Namespace):
     "does a model fit a device: memory, latency, energy and runtimes per precision"
     import json
     from dataclasses import asdict
@@ -232,7 +232,7 @@ def command_fit(args):
 
 # %% ../nbs/17_cli.ipynb #01e9992c
 @command(argument('names', nargs='*', metavar='name', help='fetch these'))
-def command_weights(args):
+def command_weights(args: argparse.Namespace):
     "list bundled weights and sample data, or fetch them ahead of time"
     from edgenb.weights import bundled, fetch, fetched
     for name in args.names: print(fetch(name))
@@ -241,7 +241,7 @@ def command_weights(args):
 
 # %% ../nbs/17_cli.ipynb #d0c70a02
 @command(argument('--json', action='store_true', help='as JSON'))
-def command_doctor(args):
+def command_doctor(args: argparse.Namespace):
     "what is installed here, what is missing for what, and the command that adds it"
     import json
     from dataclasses import asdict
@@ -251,7 +251,7 @@ def command_doctor(args):
     return 1 if found[0].state != 'ready' or any(p.wrong for p in found) else 0
 
 @command(argument('shell', choices=('bash', 'zsh', 'tcsh'), help='the shell it is for'))
-def command_completion(args):
+def command_completion(args: argparse.Namespace):
     "print what lets a shell complete edgenb's commands and options: eval \"$(edgenb completion bash)\""
     import shtab
     print(shtab.complete(parser(), args.shell).replace('complete -o bashdefault', 'complete -o bashdefault -o default'))   # files, where nothing else fits
@@ -262,7 +262,7 @@ def command_completion(args):
          argument('--license', metavar='ID', default='', help='licence of the model as the hub names it, such as apache-2.0 (default: unknown)'),
          argument('--dataset', metavar='NAME', default='', help='what to call the data set'),
          argument('--push', metavar='NAME/MODEL', help='also put card and bundle on the Hugging Face hub, into this repository (private if it is new)'))
-def command_card(args):
+def command_card(args: argparse.Namespace):
     "write a model card from what a run has measured"
     from edgenb.card import push, write_card
     from edgenb.core import Run
@@ -298,14 +298,14 @@ def _roles(texts):
 @command(argument('folder', help='a new folder, best on a machine without a network'),
          argument('--role', action='append', default=[], metavar='ROLE=K/N', help='K of N keys must sign for a role, such as models=1/2 (default 2/3 for root, targets, models); may be repeated'),
          argument('--passphrase-file', default='', metavar='FILE', help='one passphrase for all (default: $EDGENB_PASSPHRASE, or you are asked for one a folder)'), group='keys')
-def command_keys_ceremony(args):
+def command_keys_ceremony(args: argparse.Namespace):
     "make the keys of all roles, a folder for each person or place, and print the record for the safe"
     from edgenb.fleet.keys import ask_passphrase, ceremony, record
     print(record(ceremony(args.folder, ask_passphrase(args.passphrase_file, twice=True), _roles(args.role))))
     print(f'\nGive the folders of {args.folder} to their holders, online/ to the machine that publishes, usb/ to whoever fills sticks. Print what stands above.', file=sys.stderr)
 
 @command(argument('folder', help='of keys'), argument('--json', action='store_true', help='as JSON'), group='keys')
-def command_keys_list(args):
+def command_keys_list(args: argparse.Namespace):
     "roles, thresholds, fingerprints, and whether the private key lies here"
     import json
     from edgenb.fleet.keys import key_files, load_ring, record
@@ -315,7 +315,7 @@ def command_keys_list(args):
 
 @command(argument('path', help="staged.json of a repository, a bundle, or a USB stick that waits for a signature"), *SECRETS,
          argument('--yes', action='store_true', help='do not ask: what is shown has been read before'), group='keys')
-def command_keys_sign(args):
+def command_keys_sign(args: argparse.Namespace):
     "show what is to be signed, and sign it; needs no repository and no network"
     from pathlib import Path
     from edgenb.core import EdgenbError
@@ -344,7 +344,7 @@ def command_keys_sign(args):
 @command(argument('role', help='root, targets, models, campaign, snapshot, timestamp or usb'), argument('--repository', required=True, metavar='FOLDER', help='the update repository'),
          argument('--add', action='append', default=[], metavar='NAME', help='a key that shall sign: NAME.pub in the folder of keys, or it is made there; may be repeated'),
          argument('--remove', action='append', default=[], metavar='NAME', help='a key that shall no longer; may be repeated'), argument('--threshold', type=int, metavar='N', help='how many must sign from now on'), *SECRETS, group='keys')
-def command_keys_rotate(args):
+def command_keys_rotate(args: argparse.Namespace):
     "replace keys of a role; staged until enough have signed"
     from pathlib import Path
     from edgenb.core import EdgenbError
@@ -366,7 +366,7 @@ def command_keys_rotate(args):
 
 @command(argument('--repository', metavar='FOLDER', help='rehearse on a copy of this one (default: an invented one, with keys that are made for it)'), argument('--lost', action='append', default=[], metavar='NAME', help='a key that is lost; may be repeated'),
          argument('--stolen', action='append', default=[], metavar='NAME', help='a key that is stolen; may be repeated'), *SECRETS, argument('--json', action='store_true', help='as JSON'), group='keys')
-def command_keys_drill(args):
+def command_keys_drill(args: argparse.Namespace):
     "rehearse the loss or the theft of keys on a copy: can the others replace them, do devices follow, is the thief refused?"
     import json, tempfile
     from dataclasses import asdict
@@ -394,13 +394,13 @@ def _registry(args, create=False):
     return open_registry(args.registry or os.environ.get('EDGENB_REGISTRY') or settings().root/'registry', create)
 
 @command(argument('bundle', help='folder of a bundle'), argument('--version', type=int, metavar='N', help='of its name (default: the next)'), REGISTRY, group='registry')
-def command_registry_add(args):
+def command_registry_add(args: argparse.Namespace):
     "check a bundle and keep it as a version; the same bundle is the same version"
     from edgenb.fleet.registry import add
     print('{}:{}'.format(*add(_registry(args, create=True), args.bundle, args.version)))
 
 @command(REGISTRY, argument('--json', action='store_true', help='as JSON'), group='registry')
-def command_registry_list(args):
+def command_registry_list(args: argparse.Namespace):
     "all versions"
     import json
     from edgenb.fleet.registry import COLUMNS, listing
@@ -409,7 +409,7 @@ def command_registry_list(args):
     print(json.dumps(rows) if args.json else text_table([r | {'digest': r['digest'][:12], 'aliases': ', '.join(r['aliases'])} for r in rows], COLUMNS) if rows else 'no versions')
 
 @command(argument('ref', help='NAME:VERSION, NAME@ALIAS or a digest'), REGISTRY, argument('--json', action='store_true', help='as JSON'), group='registry')
-def command_registry_show(args):
+def command_registry_show(args: argparse.Namespace):
     "one version: what it promised, from which rooms it came, how the aliases of its name moved"
     import json
     from edgenb.fleet.registry import show, show_text
@@ -417,21 +417,21 @@ def command_registry_show(args):
     print(json.dumps(found) if args.json else show_text(found))
 
 @command(argument('ref', help='NAME:VERSION, NAME@ALIAS or a digest'), argument('alias', help='champion, challenger, canary, or a name of yours'), argument('--why', required=True, help='in a few words'), REGISTRY, group='registry')
-def command_registry_promote(args):
+def command_registry_promote(args: argparse.Namespace):
     "point an alias at a version"
     from edgenb.fleet.registry import promote
     moved = promote(_registry(args), args.ref, args.alias, args.why)
     print(f"{moved['name']}@{moved['alias']}: {moved['was'] or 'nowhere'} -> {moved['became']}")
 
 @command(argument('name', help='of the model'), argument('alias', help='such as champion'), argument('--why', required=True, help='in a few words'), REGISTRY, group='registry')
-def command_registry_rollback(args):
+def command_registry_rollback(args: argparse.Namespace):
     "take the last promotion of an alias back"
     from edgenb.fleet.registry import rollback
     moved = rollback(_registry(args), args.name, args.alias, args.why)
     print(f"{moved['name']}@{moved['alias']}: {moved['was']} -> {moved['became'] or 'nowhere'}")
 
 @command(REGISTRY, argument('--json', action='store_true', help='as JSON'), group='registry')
-def command_registry_verify(args):
+def command_registry_verify(args: argparse.Namespace):
     "recompute every digest; exit code 1 if anything is missing or damaged"
     import json
     from edgenb.fleet.registry import verify
@@ -441,7 +441,7 @@ def command_registry_verify(args):
 
 @command(argument('refs', nargs='+', metavar='ref', help='NAME:VERSION, NAME@ALIAS or a digest'), argument('--oci', metavar='FOLDER', help='write to an OCI image layout'), argument('--mlflow', metavar='URI', help='write to an MLflow registry'),
          argument('--folder', metavar='FOLDER', help='write the bundle to a new folder'), REGISTRY, group='registry')
-def command_registry_export(args):
+def command_registry_export(args: argparse.Namespace):
     "copies for other programs: an OCI image layout, MLflow, or the plain folder of a bundle"
     from edgenb.core import EdgenbError
     from edgenb.fleet.exchange import export_mlflow, export_oci
@@ -455,7 +455,7 @@ def command_registry_export(args):
         if args.folder: print(checkout(registry, ref, args.folder))
 
 @command(argument('layout', help='folder of an OCI image layout'), REGISTRY, group='registry')
-def command_registry_import(args):
+def command_registry_import(args: argparse.Namespace):
     "add the bundles in an OCI image layout"
     from edgenb.fleet.exchange import import_oci
     for name, version in import_oci(_registry(args, create=True), args.layout): print(f'{name}:{version}')
@@ -471,7 +471,7 @@ def _said(outcome, repository):
     return 3
 
 @command(argument('repository', help='a new folder'), *SECRETS, argument('--bins', type=int, metavar='N', help='hash bins, a power of two (default 16); cannot be changed later'), group='repository')
-def command_repository_create(args):
+def command_repository_create(args: argparse.Namespace):
     "make an update repository for the keys of a ceremony (the first --keys folder); exit code 3 while it waits for signatures"
     from edgenb.core import EdgenbError
     from edgenb.fleet.keys import load_ring
@@ -484,7 +484,7 @@ def command_repository_create(args):
          argument('--version', type=int, metavar='N', help="(default: the registry's, else the next)"), argument('--from', dest='earlier', action='append', default=[], metavar='BUNDLE', help='a bundle that devices have, as above: a delta from it is made; may be repeated'),
          argument('--agent', default='0.1.0', metavar='VERSION', help='the oldest agent that can run it'), argument('--signed', action='append', default=[], metavar='FILE', help='a copy of staged.json that was signed elsewhere; may be repeated'),
          argument('--discard', action='store_true', help='forget what is staged'), *SECRETS, REGISTRY, group='repository')
-def command_repository_publish(args):
+def command_repository_publish(args: argparse.Namespace):
     "stage a release, sign it with the keys at hand, publish it if they are enough; exit code 3 while it waits for signatures"
     import tempfile
     from pathlib import Path
@@ -501,7 +501,7 @@ def command_repository_publish(args):
         return _said(repository.publish(here(args.bundle, 'bundle'), version, signers, [here(e, f'earlier-{i}') for i, e in enumerate(args.earlier)], args.agent), repository)
 
 @command(REPOSITORY, *SECRETS, argument('--renew', choices=('root', 'targets', 'models'), help='an offline role too, which its holders sign'), group='repository')
-def command_repository_refresh(args):
+def command_repository_refresh(args: argparse.Namespace):
     "renew the short signatures of the online roles; once or twice a day, by a timer"
     from edgenb.fleet.repository import Repository
     repository = Repository(args.repository)
@@ -512,7 +512,7 @@ def command_repository_refresh(args):
 
 @command(REPOSITORY, argument('folder', help='on the stick'), argument('--days', type=float, default=90, metavar='N', help='how long it is valid (default 90)'),
          argument('--only', action='append', metavar='RELEASE', help='NAME, NAME:VERSION or digest; may be repeated (default: all releases)'), *SECRETS, group='repository')
-def command_repository_export_usb(args):
+def command_repository_export_usb(args: argparse.Namespace):
     "write a copy for devices without a network, signed by the usb key for a stated time; exit code 3 if it still has to be signed"
     from edgenb.fleet.repository import Repository
     from edgenb.fleet.stick import export_usb
@@ -526,7 +526,7 @@ def command_repository_export_usb(args):
     print(f'{args.folder}: valid for {args.days:g} days')
 
 @command(REPOSITORY, argument('--json', action='store_true', help='as JSON'), group='repository')
-def command_repository_check(args):
+def command_repository_check(args: argparse.Namespace):
     "everything a device would check, what waits for signatures, what expires; exit code 1 if anything is wrong"
     import json
     from dataclasses import asdict
@@ -541,7 +541,7 @@ def command_repository_check(args):
          argument('--port', type=int, help='of the server (default 8888, or the next one that is free)'),
          argument('--overwrite', action='store_true', help='replace a copy, even one that was changed, by the recipe'),
          argument('--jupyter', action='append', default=[], metavar='OPTION', help='an option of JupyterLab, such as --jupyter=--ip=0.0.0.0; may be repeated'))
-def command_open(args):
+def command_open(args: argparse.Namespace):
     "copy a recipe into your folder and open it in JupyterLab"
     from importlib.util import find_spec
     from edgenb.core import EdgenbError
@@ -555,7 +555,7 @@ def command_open(args):
 @command(argument('name', help='of the new recipe: small letters, digits, dashes'),
          argument('--from', dest='source', default='wafer', metavar='RECIPE', help='the recipe it is made from (default wafer)'),
          *GIVEN)
-def command_new(args):
+def command_new(args: argparse.Namespace):
     "make a recipe of your own from one that runs; -p sets its defaults"
     from edgenb.workspace import new_recipe
     path = new_recipe(args.name, args.source, _given(args))
@@ -580,26 +580,26 @@ def _windows(texts):
          argument('--model', default='', metavar='NAME', help='the model it runs, where campaigns name several'),
          argument('--id', default='', metavar='HEX', help='32 hex digits (default: drawn)'),
          argument('--connect', action='append', default=[], metavar='WINDOW', help="when it may use the network, such as 'mon-fri 08:00-18:00'; may be repeated"), group='agent')
-def command_agent_enrol(args):
+def command_agent_enrol(args: argparse.Namespace):
     "make this device known to itself: who it is, whom it trusts, where updates come from"
     from edgenb.agent.service import enrol, place
     device = enrol(place(args.root), args.root_json, args.repository, args.site, args.hardware, args.id, args.model, [*_windows(args.connect)])
     print(f'{device.id}\nenrolled in {place(args.root)}; give the fleet its id, site {device.site} and hardware {device.hardware}. Next: edgenb agent run')
 
 @command(AGENT, argument('--usb', metavar='FOLDER', help='read a stick instead of the repository'), group='agent')
-def command_agent_poll(args):
+def command_agent_poll(args: argparse.Namespace):
     "look once for what the campaigns ask, and do it (a running agent is told to)"
     from edgenb.agent.service import place, poll
     print(poll(place(args.root), args.usb))
 
 @command(AGENT, argument('--port', type=int, help='of the inference API on 127.0.0.1 (default 8770)'), group='agent')
-def command_agent_run(args):
+def command_agent_run(args: argparse.Namespace):
     "serve, and look regularly; SIGTERM ends it, SIGHUP makes it look now"
     from edgenb.agent.service import place, run
     run(place(args.root), args.port)
 
 @command(AGENT, argument('--json', action='store_true', help='as JSON'), group='agent')
-def command_agent_status(args):
+def command_agent_status(args: argparse.Namespace):
     "what this device runs, what the agent does, and why"
     import json
     from edgenb.agent.service import place, status, status_text
@@ -607,7 +607,7 @@ def command_agent_status(args):
     print(json.dumps(found, ensure_ascii=False) if args.json else status_text(found))
 
 @command(AGENT, group='agent')
-def command_agent_rollback(args):
+def command_agent_rollback(args: argparse.Namespace):
     "go back to the model before, by hand; the one that is left is not taken again until another campaign names it"
     from edgenb.agent.service import place, roll_back
     print(roll_back(place(args.root)))
@@ -632,7 +632,7 @@ def command_agent_rollback(args):
          argument('--log', default='', metavar='FOLDER', help='where campaigns are written down (default: REPO.campaigns)'),
          argument('--passphrase-file', default='', metavar='FILE', help='of the online key (default: $EDGENB_PASSPHRASE, else asked for)'),
          argument('--dry-run', action='store_true', help='say who would get it, when and by which rules; sign nothing'))
-def command_ship(args):
+def command_ship(args: argparse.Namespace):
     "begin a rollout: a canary first, then stages that labels and guards decide"
     from edgenb.core import EdgenbError
     from edgenb.fleet.controller import begin, folder_of, plan_ship, plan_text, policy_for, publisher, read_inventory, standing_text
@@ -657,7 +657,7 @@ def command_ship(args):
          argument('--log', default='', metavar='FOLDER', help='where campaigns are written down (default: REPO.campaigns)'),
          argument('--passphrase-file', default='', metavar='FILE', help='of the online key (default: $EDGENB_PASSPHRASE, else asked for)'),
          argument('--json', action='store_true', help='as JSON'))
-def command_campaign(args):
+def command_campaign(args: argparse.Namespace):
     "how a rollout stands; decide its next step; pause, resume, abort or roll it back; audit it"
     import json
     from edgenb.core import EdgenbError
@@ -688,7 +688,7 @@ def command_campaign(args):
 # %% ../nbs/17_cli.ipynb #f7e10005
 @command(AGENT, argument('--collector', default='', metavar='HEX', help='the public key of the collector, as edgenb collect enrol prints it'),
          argument('--url', default='', metavar='URL', help='https://HOST/v1/rows, or mqtts://HOST; without it by stick only'), argument('--minutes', type=int, default=60, help='between rows (default 60)'), group='agent')
-def command_agent_telemetry(args):
+def command_agent_telemetry(args: argparse.Namespace):
     "print this device's public key for telemetry; with --collector, say whom it reports to"
     from edgenb.agent.service import place
     from edgenb.agent.storage import load_device
@@ -700,7 +700,7 @@ def command_agent_telemetry(args):
     print(f"reports {f'to {args.url}' if args.url else 'by stick'} from the next start of the agent on" if args.collector else f'let it in: edgenb collect enrol --db FILE --public {public_key(root)} --id {device.id} --site {device.site} --hardware {device.hardware}')
 
 @command(argument('stick', metavar='FOLDER', help='of the stick'), AGENT, group='agent')
-def command_agent_export_telemetry(args):
+def command_agent_export_telemetry(args: argparse.Namespace):
     "write what waits to a stick, and take the acknowledgement it brings"
     from edgenb.agent.service import place
     from edgenb.agent.storage import load_device
@@ -718,7 +718,7 @@ DB = argument('--db', metavar='FILE', required=True, help='the collector (SQLite
          argument('--port', type=int, default=8443, help='to listen on (default 8443)'),
          argument('--tls-cert', metavar='FILE', help='certificate, PEM; needed where --host is not this machine'),
          argument('--tls-key', metavar='FILE', help='its private key, where it is not in the same file'), group='collect')
-def command_collect_serve(args):
+def command_collect_serve(args: argparse.Namespace):
     "take rows over HTTPS"
     from edgenb.core import EdgenbError
     from edgenb.fleet.collector import server
@@ -728,13 +728,13 @@ def command_collect_serve(args):
     s.serve_forever()
 
 @command(DB, argument('--broker', required=True, metavar='URL', help='mqtts://user:password@host; mqtt:// for this machine'), argument('--ca', metavar='FILE', help="certificates to trust (default: the system's)"), group='collect')
-def command_collect_mqtt(args):
+def command_collect_mqtt(args: argparse.Namespace):
     "take rows through a broker"
     from edgenb.fleet.mqtt import collect_mqtt
     collect_mqtt(args.db, args.broker, args.ca)
 
 @command(argument('folders', nargs='+', metavar='FOLDER', help='a stick, or a folder of such'), DB, group='collect')
-def command_collect_import(args):
+def command_collect_import(args: argparse.Namespace):
     "take rows from sticks, and leave the acknowledgements there"
     from edgenb.fleet.collector import import_folder
     for folder in args.folders:
@@ -743,14 +743,14 @@ def command_collect_import(args):
 
 @command(DB, argument('--public', required=True, metavar='HEX', help="the device's public key, as edgenb agent telemetry prints it"), argument('--site', required=True, help='where it stands'),
          argument('--hardware', required=True, help='what it is'), argument('--id', default='', metavar='HEX', help='32 hex digits that it has already (default: drawn)'), group='collect')
-def command_collect_enrol(args):
+def command_collect_enrol(args: argparse.Namespace):
     "let a device in; prints its id and the key that it checks answers with"
     import json
     from edgenb.fleet.collector import enrol
     print(json.dumps(enrol(args.db, args.public, args.site, args.hardware, args.id)))
 
 @command(argument('models', nargs='+', metavar='BUNDLE|DIGEST', help='models whose telemetry is expected'), DB, group='collect')
-def command_collect_accept(args):
+def command_collect_accept(args: argparse.Namespace):
     "name models whose telemetry is taken"
     from pathlib import Path
     from edgenb.fleet.collector import accept
@@ -760,32 +760,32 @@ def command_collect_accept(args):
         accept(args.db, manifest['digest'], manifest['name'])
 
 @command(argument('devices', nargs='+', metavar='ID', help='devices that were stolen or scrapped'), DB, group='collect')
-def command_collect_retire(args):
+def command_collect_retire(args: argparse.Namespace):
     "take nothing more of devices; what they have said stays"
     from edgenb.fleet.collector import retire
     for d in args.devices: retire(args.db, d)
 
 @command(DB, group='collect')
-def command_collect_devices(args):
+def command_collect_devices(args: argparse.Namespace):
     "print the devices' public keys, which feedback is checked against"
     import json
     from edgenb.fleet.collector import store
     with store(args.db) as db: print(json.dumps(dict(db.execute('SELECT device, public FROM devices')), indent=1))
 
 @command(DB, group='collect')
-def command_collect_key(args):
+def command_collect_key(args: argparse.Namespace):
     "print the public key that devices check answers with"
     from edgenb.fleet.collector import collector_key, public_of, store
     with store(args.db): print(public_of(collector_key(args.db)))
 
 @command(argument('folder', help='of Parquet files'), DB, group='collect')
-def command_collect_rollup(args):
+def command_collect_rollup(args: argparse.Namespace):
     "write the hours in which rows have come as Parquet"
     from edgenb.fleet.collector import rollup
     for path in rollup(args.db, args.folder): print(path)
 
 @command(group='collect')
-def command_collect_table(args):
+def command_collect_table(args: argparse.Namespace):
     "print all that a device can say, and how much that is"
     from edgenb.fleet.schema import schema_table
     print(schema_table())
@@ -795,13 +795,13 @@ GROUPS.setdefault('fleet', 'how a fleet is doing')
 EXPECT = argument('--expect', metavar='DIGEST', action='append', default=[], help='a model that may run (default: the two accepted last); may be repeated')
 
 @command(DB, EXPECT, group='fleet')
-def command_fleet_status(args):
+def command_fleet_status(args: argparse.Namespace):
     "sites, what runs there, and what is open"
     from edgenb.fleet.alerts import status
     print(status(args.db, models=tuple(args.expect)))
 
 @command(DB, EXPECT, argument('--json', action='store_true', help='as JSON'), group='fleet')
-def command_fleet_alerts(args):
+def command_fleet_alerts(args: argparse.Namespace):
     "which devices need somebody, why, and what to do; exit code 1 if any does"
     import json
     from dataclasses import asdict
@@ -820,7 +820,7 @@ def _passphrase():
     return os.environ.get('EDGENB_PASSPHRASE') or getpass.getpass('passphrase: ')
 
 @command(argument('name', help='NAME.key stays with those who label, NAME.pub goes to the devices'), group='feedback')
-def command_feedback_keygen(args):
+def command_feedback_keygen(args: argparse.Namespace):
     "make the organisation's keys; the passphrase is asked for, or read from EDGENB_PASSPHRASE"
     from edgenb.fleet.feedback import keygen
     print(*keygen(args.name, _passphrase()), sep='\n')
@@ -828,27 +828,27 @@ def command_feedback_keygen(args):
 @command(argument('folder', help='of feedback on the device'), argument('--who', required=True, help='the person who agrees, and as what'),
          argument('--scope', required=True, action='append', choices=('corrections', 'uncertain'), help='to what; may be repeated'),
          argument('--days', type=int, default=90, help='how long it holds (default 90)'), argument('--public', required=True, metavar='FILE', help='NAME.pub of keygen'), group='feedback')
-def command_feedback_consent(args):
+def command_feedback_consent(args: argparse.Namespace):
     "put on record that somebody agrees that cases leave this device"
     from edgenb.fleet.feedback import consent, public_key
     held = consent(args.folder, args.who, args.scope, args.days, public_key(args.public))
     print(f"{held['who']} agrees to {', '.join(held['scope'])} until {held['until']}")
 
 @command(argument('folder', help='of feedback on the device'), argument('--who', required=True, help='the person who withdraws'), group='feedback')
-def command_feedback_withdraw(args):
+def command_feedback_withdraw(args: argparse.Namespace):
     "take consent back; what has not left is deleted"
     from edgenb.fleet.feedback import withdraw
     print(f'withdrawn; {withdraw(args.folder, args.who)} cases deleted')
 
 @command(argument('folder', help='of feedback on the device'), argument('stick', help='where to'), group='feedback')
-def command_feedback_export(args):
+def command_feedback_export(args: argparse.Namespace):
     "move what waits to a stick"
     from edgenb.fleet.feedback import export
     print(f'{export(args.folder, args.stick)} cases')
 
 @command(argument('stick', help='where from'), argument('folder', help='where to'), argument('--key', required=True, metavar='FILE', help='NAME.key of keygen'),
          argument('--devices', required=True, metavar='FILE', help='public keys, as edgenb collect devices prints them'), group='feedback')
-def command_feedback_import(args):
+def command_feedback_import(args: argparse.Namespace):
     "decrypt cases: corrections become examples that data reads as extra"
     import json
     from pathlib import Path

@@ -508,3 +508,17 @@ def test_an_update_that_does_not_fit_is_refused_before_a_byte_is_fetched(world):
         why = m.run_once()
         assert m.state == 'BACK_OFF' and re.search('needs .* MB', why), why
         assert not any((world.here/'device/blobs').iterdir()) and use(m) == 'v1'
+
+
+def test_a_switch_that_the_disk_refuses_blames_no_model(world):
+    "The other slot holds a good model, and the journal cannot be written at just that moment."
+    world.offer(); world.takes()
+    world.plant.campaign(world.v2, world.v1, id='c2', state='rolled-back')
+    disk = Refusing()
+    m = machine_of(world.here/'device', world.plant, world.clock, disk=disk)
+    live(m, world.clock, 10**6, lambda m: m.state == 'SWITCH')
+    disk.code = errno.ENOSPC
+    for _ in range(3): m.step()
+    assert use(m) == 'v2' and m.journal.serving().good and not m.journal.tries and m.store.load() == m.journal
+    disk.code = 0
+    live(m, world.clock, 10**6, lambda m: settled(m) and m.journal.serving().digest == world.v1)

@@ -36,7 +36,7 @@ def test_nothing_that_a_plant_a_reason_or_an_alert_is_called_becomes_markup():
 
 def test_the_page_without_a_kernel_says_all_that_the_screen_does(rehearsal):
     page = console(rehearsal).html()
-    for words in ('Simulated.', 'new model', 'refuse the release', 'decisions', 'failed installs', 'boundary'): assert words in page, words
+    for words in ('Simulated.', 'new model', 'refuse the release', 'decisions', 'failed installs', 'over its boundary'): assert words in page, words
     assert page.count('<img alt="') == 2 and 'role="group"' in page and '<script' not in page
 
 

@@ -23,6 +23,11 @@ class Story:
         if name == 'update': self.plant.campaign(self.v2, self.v1, id='c2')
         if name == 'sick': self.end = self.v1; self.plant.campaign(self.sick, self.v1, id='c2')
         if name == 'crash on trial': self.end = self.v1; self.plant.campaign(self.crash, self.v1, id='c2')
+        if name == 'third':           # both slots hold something that is true: one of them must be forgotten before it is emptied
+            have(self.v2, id='c2', replaces=self.v1)
+            self.v3 = tiny_bundle(here/'v3', 'v3'); self.plant.release(here/'v3', 5)
+            self.before, self.end = (self.v2,), self.v3
+            self.plant.campaign(self.v3, self.v2, id='c3')
         if name == 'rolled back':
             have(self.v2, id='c2', replaces=self.v1)
             self.before, self.end = (self.v2,), self.v1
@@ -43,7 +48,7 @@ class Story:
     def work(self, root, clock): return live(machine_of(root, self.plant, clock), clock, 10**6, self.over)
 
 
-STORIES = ('install', 'update', 'sick', 'crash on trial', 'rolled back')
+STORIES = ('install', 'update', 'sick', 'crash on trial', 'rolled back', 'third')
 
 
 def lies(root: Path) -> str:
@@ -69,7 +74,7 @@ def survives(story: Story, state: dict, root: Path, recorder=None) -> str:
     m.step()
     served = m.server.digest or None
     if served not in story.allowed(): return f'after the start {served} serves ({m.state}: {m.why})'
-    if served and use(m) not in ('v1', 'v2', 'crash', 'Failed'): return 'it does not answer'
+    if served and use(m) not in ('v1', 'v2', 'v3', 'crash', 'Failed'): return 'it does not answer'
     try: live(m, clock, 10**6, story.over)
     except AssertionError as e: return str(e)
     if not story.over(m): return f'it ended as {m.journal}'
@@ -120,9 +125,9 @@ def here():
 
 @pytest.mark.parametrize('name', STORIES)
 def test_a_loss_of_power_at_any_moment_leaves_a_model_that_serves_and_an_agent_that_arrives(name, here):
-    tried, problems = explore(Story(name, here), 240, 120)
+    tried, problems = explore(Story(name, here), 200, 100)
     assert not problems, f'{len(problems)} of {tried}: {problems[:3]}'
-    assert tried >= 300
+    assert tried >= 250
 
 
 @pytest.mark.parametrize('kind', ['file', 'folder'])

@@ -145,6 +145,15 @@ def test_an_adapter_beside_its_base_travels_alone(tmp_path):
     assert p.kind == 'kept' and source.bytes < 51_000 and tree(tmp_path/'slot') == tree(two)
 
 
+def test_a_difference_larger_than_the_whole_is_not_taken_and_of_two_the_smaller_is(pair):
+    old, new, release, _ = pair
+    have, heavy = slot_files(old), copy.deepcopy(release['deltas'][0])
+    for f in heavy['files']:
+        for b in f['blobs']: b['length'] = 4*CHUNK
+    assert plan(release | {'deltas': [heavy]}, have).kind == 'full'
+    assert plan(release | {'deltas': [heavy, *release['deltas']]}, have) == plan(release, have)
+
+
 # Breaks ---------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')

@@ -56,7 +56,6 @@ class Server:
             new = _Loaded(folder, digest, self.load(folder))
             with self._gate: self._now = new
             self.how = 'the new model was loaded beside the old one, then took over (blue-green)' if old else ''
-            if old: self._drain(old)
         else: self._stop_start(folder, digest, old, need)
 
     def _stop_start(self, folder, digest, old, need):
@@ -82,9 +81,8 @@ class Server:
 
     def drop(self, why: str = 'the last model was given up and there is no other'):
         "Serve nothing."
-        with self._gate: old, self._now = self._now, None
+        with self._gate: self._now = None
         self.why_nothing = why
-        if old: self._drain(old)
 
     @contextmanager
     def _turn(self):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'MOST_SIGNS', 'ACTIONS', 'Board', 'alerts_of', 'board_of', 'cell', 'map_html', 'exposure_figure',
-           'guard_figure', 'guards_table', 'log_table', 'in_words', 'steer', 'signed_html', 'console']
+           'guard_figure', 'guards_table', 'log_table', 'in_words', 'steer', 'signed_html', 'console', 'nearest']
 
 # %% ../../nbs/fleet/console.ipynb #64db4771
 import html, json
@@ -185,6 +185,209 @@ def _console_widget(panel, read, act):
         b = state['board'] = read()
         state['quiet'] = True
         look.options, guard.options = _looks(b), list(b.figures) or ['nothing']
+        look.value, state['quiet'] = len(b.hours) - 1, False
+        draw()
+    def do(action):
+        if not reason.value.strip(): say(f'Why? Type the reason, then press {ACTIONS[action][0]} again: it is signed with the rest.'); reason.focus(); return
+        try: done = act(action, reason.value.strip())
+        except EdgenbError as e: say(f'Not done: {e}'); return
+        signed.value, reason.value = signed_html(done), ''
+        again()
+        say(f'Done: {action}. {in_words(state["board"], look.value)}')
+    for a, button in buttons.items(): button.on_click(lambda _, a=a: do(a))
+    look.observe(draw, 'value'); guard.observe(watched, 'value'); refresh.on_click(again)
+    draw()
+    panel.parts = {'look': look, 'guard': guard, 'reason': reason, 'refresh': refresh, 'status': status, 'signed': signed, 'view': view, 'guards': guards, **buttons}
+    return w.VBox([status, w.HBox([reason, *buttons.values()], layout=w.Layout(flex_flow='row wrap')), signed, w.HBox([look, refresh], layout=w.Layout(flex_flow='row wrap')), view, guard, guards])
+
+def _looks(b, most: int = 200):
+    "Hours to choose from: all, or every so many and those at which something was decided."
+    decided = {e['hour'] for e in b.log}
+    return [(f'{h:g}', n) for n, h in enumerate(b.hours) if n % (1 + len(b.hours)//most) == 0 or h in decided or n == len(b.hours) - 1]
+
+# %% ../../nbs/fleet/console.ipynb #10abbbd4
+import html, json
+from dataclasses import dataclass, field
+from typing import Callable
+import numpy as np
+from ..core import EdgenbError
+from ..panel import Panel, as_html, figure_html, table
+from .campaign import pause, roll_back
+from .simulate import Rehearsal
+from .world import STATES
+
+# %% ../../nbs/fleet/console.ipynb #a11f4a25
+@dataclass(frozen=True, eq=False)
+class Board:
+    "A campaign for the console: one entry a look at the fleet."
+    title: str
+    simulated: bool
+    sites: list            # names of plants
+    hardware: list         # names of hardware classes
+    hours: list            # of each look, since the campaign began
+    grid: np.ndarray       # int (looks, sites, classes, 8): devices in each of `STATES`
+    state: list            # of the campaign at each look: 'running', 'paused', 'rolled-back', 'complete' …
+    stage: list            # percent of the fleet that it asks
+    exposed: list          # share of the fleet that ever ran the new model
+    figures: dict = field(default_factory=dict)   # name -> list of (hour, value, boundary or None)
+    log: list = field(default_factory=list)       # of dict: hour, action, reason
+    alerts: list = field(default_factory=list)    # of dict: hour, where, what
+
+    def __post_init__(self):
+        looks, shape = len(self.hours), (len(self.hours), len(self.sites), len(self.hardware), len(STATES))
+        if not looks: raise EdgenbError('board: nobody has looked at this campaign yet: call console again after the first look')
+        if np.shape(self.grid) != shape: raise EdgenbError(f'board: grid has the shape {np.shape(self.grid)}, {looks} looks at {len(self.sites)} sites with {len(self.hardware)} classes need {shape}')
+        for name in ('state', 'stage', 'exposed'):
+            if len(getattr(self, name)) != looks: raise EdgenbError(f'board: {len(getattr(self, name))} entries of {name} for {looks} looks')
+
+def alerts_of(r: Rehearsal) -> list:
+    "Where devices refused the release, and which plants have devices that were never heard."
+    refused, found = r.grid[..., STATES.index('refused')], []
+    for s, site in enumerate(r.sites):
+        for h, kind in enumerate(r.hardware):
+            if (at := np.flatnonzero(np.diff(refused[:, s, h], prepend=0) > 0)).size:
+                found.append({'hour': r.looks[at[0]]['hour'], 'where': f'{site}/{kind}', 'what': f'{refused[-1, s, h]} of {r.grid[-1, s, h].sum()} refuse the release: health check or disk'})
+    if r.outcome['never_reached']: found.append({'hour': r.looks[-1]['hour'], 'where': 'fleet', 'what': f"{r.outcome['never_reached']} devices were never heard"})
+    return sorted(found, key=lambda a: a['hour'])
+
+def board_of(r: Rehearsal) -> Board:
+    "A rehearsal for the console."
+    if not r.looks: raise EdgenbError('console: this rehearsal kept no pictures: rehearse(..., pictures=True)')
+    figures: dict = {}
+    for look in r.looks:
+        for name, (value, boundary) in look['figures'].items(): figures.setdefault(name, []).append((look['hour'], value, boundary))
+    return Board(f'{r.world.devices:,} devices in {r.world.plants} plants', True, r.sites, r.hardware, [l['hour'] for l in r.looks], r.grid, [l['state'] for l in r.looks], [l['percent'] for l in r.looks],
+                 [l['exposed'] for l in r.looks], figures, r.log, alerts_of(r))
+
+# %% ../../nbs/fleet/console.ipynb #8eb0f941
+SIGNS = {'old': ('□', '#8a8a8a', 'old model'), 'fetching': ('◔', '#3a93c8', 'fetching'), 'ready': ('◑', '#3a93c8', 'waits for its window'), 'installing': ('◕', '#3a93c8', 'installing'), 'off': ('○', '#c98a00', 'without power'),
+         'new': ('■', '#1f6fb5', 'new model'), 'back': ('◇', '#0f8a63', 'went back'), 'refused': ('✗', '#d1495b', 'refused it')}   # state -> sign, colour (legible on white and on black), words
+MOST_SIGNS = 24   # in a cell of the map
+
+def cell(counts: np.ndarray, per: int) -> str:
+    "Devices of one hardware class in one plant."
+    counts = dict(zip(STATES, (int(c) for c in counts)))
+    total = sum(counts.values())
+    if not total: return '<td></td>'
+    order = ('refused', 'off', 'new', 'installing', 'ready', 'fetching', 'back', 'old')
+    signs = ''.join(f'<span style="color:{SIGNS[s][1]}">{SIGNS[s][0]*-(-counts[s]//per)}</span>' for s in order if counts[s])
+    words = ', '.join(f'{counts[s]:,} {SIGNS[s][2]}' for s in order if counts[s])
+    return f'<td style="text-align:left;vertical-align:top" title="{words}"><span aria-hidden="true" style="letter-spacing:1px;overflow-wrap:anywhere">{signs}</span><br><small>{words}</small></td>'
+
+def map_html(b: Board, look: int) -> str:
+    "Plants down, hardware across, devices by state."
+    per, esc = max(1, -(-int(b.grid[look].sum(-1).max())//MOST_SIGNS)), html.escape
+    used = [s for s in STATES if b.grid[..., STATES.index(s)].any()]
+    legend = ' &nbsp; '.join(f'<span style="color:{SIGNS[s][1]}" aria-hidden="true">{SIGNS[s][0]}</span> {SIGNS[s][2]}' for s in used)
+    head = '<tr><th scope="col">plant</th>' + ''.join(f'<th scope="col" style="text-align:left">{esc(str(h))}</th>' for h in b.hardware) + '</tr>'
+    rows = ''.join(f'<tr><th scope="row" style="text-align:left;vertical-align:top">{esc(str(s))}</th>{"".join(cell(c, per) for c in b.grid[look, i])}</tr>' for i, s in enumerate(b.sites))
+    many = '' if per == 1 else f' A sign stands for up to {per:,} devices.'
+    return f'<p><small>{legend}.{many}</small></p><table><caption>{esc(b.title)}{" (simulated)" if b.simulated else ""}, hour {b.hours[look]:g}</caption><thead>{head}</thead><tbody>{rows}</tbody></table>'
+
+# %% ../../nbs/fleet/console.ipynb #50f77a32
+def _figure(b, title, y, **layout):
+    import plotly.graph_objects as go
+    figure = go.Figure(layout=dict(title=title + (' (simulated)' if b.simulated else ''), xaxis_title='hours since the campaign began', yaxis_title=y, template='plotly_white', width=760, height=330, **layout))
+    for e in b.log:
+        if e['action'] != 'start': figure.add_vline(x=e['hour'], line_dash='dot', line_color='grey')
+    return figure
+
+def exposure_figure(b: Board, look: int):
+    "Share of the fleet that runs, and ever ran, the new model."
+    running = b.grid[..., STATES.index('new')].sum((1, 2))/b.grid.sum((1, 2, 3))
+    figure, upto = _figure(b, 'Who has met the new model', 'share of the fleet, %'), slice(0, look + 1)
+    for name, values, dash in (('ever', b.exposed, 'dash'), ('now', running, 'solid')): figure.add_scatter(x=b.hours[upto], y=[100*float(v) for v in values[upto]], mode='lines', name=name, line=dict(dash=dash))
+    return figure
+
+def guard_figure(b: Board, name: str, look: int):
+    "One figure that is watched, with its boundary."
+    points = [p for p in b.figures[name] if p[0] <= b.hours[look]]
+    figure = _figure(b, name, name)
+    figure.add_scatter(x=[p[0] for p in points], y=[float(p[1]) for p in points], mode='lines', name='value')
+    if limits := [(p[0], float(p[2])) for p in points if p[2] is not None]: figure.add_scatter(x=[h for h, _ in limits], y=[v for _, v in limits], mode='lines', name='boundary', line=dict(dash='dot', color='black'))
+    return figure
+
+def nearest(b: Board) -> list:   # names of figures
+    "What is watched, the nearest to its boundary (at any time) first."
+    return sorted(b.figures, key=lambda n: -max((v/limit if limit else v for _, v, limit in b.figures[n] if limit is not None), default=-np.inf))
+
+def guards_table(b: Board, look: int) -> str:
+    "What is watched, as it stands at a look."
+    rows = []
+    for name in nearest(b):
+        if not (now := [p for p in b.figures[name] if p[0] <= b.hours[look]]): continue
+        _, value, limit = now[-1]
+        rows.append([name, f'{value:.4g}', None if limit is None else f'{limit:.4g}', '' if limit is None else 'over its boundary' if value >= limit else 'below its boundary'])
+    return table(['watched', 'value', 'boundary', ''], rows, 'what the campaign is judged by')
+
+def log_table(b: Board, look: int) -> str:
+    "What was decided by then, and what wants attention."
+    now = b.hours[look]
+    decided = table(['hour', 'decided', 'because'], [[f"{e['hour']:.0f}", e['action'], e['reason']] for e in b.log if e['hour'] <= now], 'decisions')
+    alarms = [[f"{a['hour']:.0f}", a['where'], a['what']] for a in b.alerts if a['hour'] <= now]
+    return decided + (table(['hour', 'where', 'what'], alarms, 'alerts') if alarms else '<p>No alerts.</p>')
+
+# %% ../../nbs/fleet/console.ipynb #0ac98a27
+def in_words(b: Board, look: int) -> str:
+    "One line: where the campaign is."
+    now = b.grid[look].sum((0, 1))
+    on_new, gone = int(now[STATES.index('new')]), int(now[STATES.index('refused')])
+    return (f"Hour {b.hours[look]:g}: {b.state[look]}, {b.stage[look]:g} % of the fleet asked; {on_new:,} of {int(now.sum()):,} devices on the new model, {b.exposed[look]:.1%} ever exposed"
+            + (f', {gone:,} refused it' if gone else '') + '.' + (' Simulated.' if b.simulated else ''))
+
+ACTIONS = {'pause': ('Pause', 'no device installs the release until the campaign is resumed', 'warning'), 'roll back': ('Roll back', 'every device on the release goes back to what it ran before', 'danger')}
+
+def steer(read: Callable,    # () -> the Campaign as it is signed now
+          sign: Callable     # (Campaign) -> what was signed, say what `Repository.set_campaigns` gave
+         ) -> Callable:
+    "What the console's buttons do to a real campaign: the transitions of `edgenb.fleet.campaign`, signed."
+    return lambda action, reason: sign({'pause': pause, 'roll back': roll_back}[action](read(), reason))
+
+def signed_html(what) -> str:
+    "What an action signed."
+    text = what if isinstance(what, str) else json.dumps(what, indent=1, ensure_ascii=False, default=str)
+    return f'<details open><summary>What was signed</summary><pre>{html.escape(text)}</pre></details>'
+
+def console(source,                        # a Board, a Rehearsal, or a function that gives one
+            act: Callable | None = None    # (action, reason) -> what was signed; action: 'pause' or 'roll back'. None: the buttons are off
+           ) -> Panel:
+    "The campaign console."
+    def read():
+        b = source() if callable(source) else source
+        return board_of(b) if isinstance(b, Rehearsal) else b
+    def page(b, look): return [f'<p>{html.escape(in_words(b, look))}</p>', map_html(b, look), exposure_figure(b, look), *([guards_table(b, look)] if b.figures else []), *(guard_figure(b, n, look) for n in nearest(b)[:2]), log_table(b, look)]
+    def paper():
+        b = read()
+        return page(b, len(b.hours) - 1)
+    panel = Panel('campaign console', paper, lambda: _console_widget(panel, read, act))
+    return panel
+
+# %% ../../nbs/fleet/console.ipynb #807f67f2
+def _console_widget(panel, read, act):
+    "The console on a screen: a slider over the looks, the map, the figures, and two buttons."
+    import ipywidgets as w
+    b = read()
+    look = w.SelectionSlider(options=_looks(b), value=len(b.hours) - 1, description='Hour', continuous_update=False, tooltip='the fleet as it was at this hour; arrow keys move it', layout=w.Layout(width='40em'))
+    guard = w.Dropdown(options=nearest(b) or ['nothing'], description='Watched', tooltip='the figure that is drawn', layout=w.Layout(width='30em'))
+    reason = w.Text(description='Because', placeholder='the reason is signed with the rest', tooltip='why the campaign is paused or rolled back', layout=w.Layout(width='36em'))
+    buttons = {a: w.Button(description=text, tooltip=tip if act else 'nobody signs here: pass act=', button_style=style, disabled=act is None) for a, (text, tip, style) in ACTIONS.items()}
+    refresh, status, signed, view, guards = w.Button(description='Look again', tooltip='read the campaign anew'), w.HTML(), w.HTML(), w.HTML(), w.HTML()
+    state = {'board': b, 'quiet': False}
+    def say(text): status.value = f"<div role='status' aria-live='polite'>{html.escape(text)}</div>"
+    def watched(_=None):
+        if state['quiet']: return
+        b = state['board']
+        guards.value = (figure_html(guard_figure(b, guard.value, look.value), f'{guard.value} over time with its boundary; the table has the last values') if guard.value in b.figures else '') + (guards_table(b, look.value) if b.figures else '')
+    def draw(_=None):
+        if state['quiet']: return
+        b = state['board']
+        say(in_words(b, look.value))
+        view.value = map_html(b, look.value) + figure_html(exposure_figure(b, look.value), f'Share of the fleet on the new model; {b.exposed[look.value]:.1%} ever exposed at this hour') + log_table(b, look.value)
+        watched()
+    def again(_=None):
+        b = state['board'] = read()
+        state['quiet'] = True
+        look.options, guard.options = _looks(b), nearest(b) or ['nothing']
         look.value, state['quiet'] = len(b.hours) - 1, False
         draw()
     def do(action):

@@ -212,10 +212,10 @@ def folder_of(repository: str | Path, log: str | Path = '') -> Path:
 
 def publisher(repository: str | Path, keys: str | Path, passphrase=None):   # -> publish(campaign)
     "A function that signs a campaign into a repository's document, if it is not there already."
-    from edgenb.fleet.keys import load_ring, unlock
-    from edgenb.fleet.repository import Repository, set_campaigns
-    repo, ring, signers = Repository(repository), load_ring(keys), []
-    ids = {ring.keys[n].keyid for role in ('campaign', 'snapshot', 'timestamp') for n in ring.roles[role]['keys']}   # the usb key may too, but lies elsewhere
+    from edgenb.fleet.keys import unlock
+    from edgenb.fleet.repository import Repository, key_name, set_campaigns
+    repo, signers = Repository(repository), []
+    ids = {k for role in ('campaign', 'snapshot', 'timestamp') for k, key in repo.keys_of(role).items() if not key_name(key).startswith('usb-')}   # that one may too, but lies elsewhere
     def publish(c: Campaign):
         repo.reload()
         document = repo.campaigns()

@@ -118,7 +118,7 @@ def load_ring(folder: str | Path) -> Ring:
     "Read the public side of a folder of keys."
     path = Path(folder)/'roles.json'
     try: roles = json.loads(path.read_text(encoding='utf-8'))['roles']
-    except (OSError, ValueError, KeyError, TypeError): raise EdgenbError(f'{folder} is not a folder that edgenb keys ceremony made: it has no roles.json that can be read') from None
+    except (OSError, ValueError, KeyError, TypeError): raise EdgenbError(f'{folder} is not a folder that edgenb keys ceremony made: it has no roles.json that can be read' + ('; pass the folder above, which has one' if (Path(folder).parent/'roles.json').is_file() else '')) from None
     files = key_files(folder)
     if lost := [n for r in roles.values() for n in r['keys'] if n not in files]: raise EdgenbError(f'{folder}: the public key {lost[0]}.pub is missing: copy it back from its holder')
     return Ring(roles, {n: read_public(p) for n, p in files.items()})

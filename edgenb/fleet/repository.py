@@ -173,11 +173,11 @@ class Repository:
         self._write_staged()
 
     def _write_staged(self):
-        write_json(self.path/'staged.json', {'edgenb_staged': 1, 'why': self.staged['why'], 'keys': {r: sorted(self._keys(r)) for r in self.staged['metadata']},
+        write_json(self.path/'staged.json', {'edgenb_staged': 1, 'why': self.staged['why'], 'keys': {r: sorted(self.keys_of(r)) for r in self.staged['metadata']},
                                              'metadata': {r: m.to_dict() for r, m in self.staged['metadata'].items()}, 'targets': self.staged['targets'],
                                              'base': {r: self.published(r).to_dict() for r in self.staged['metadata'] if r in self.versions}})
 
-    def _keys(self, role):
+    def keys_of(self, role: str) -> dict:
         "Keys that may sign for a role: by what is published, and by what is staged, so that a reader of either is satisfied."
         views = [v(parent(role)).signed for v in (self.newest, self.published) if v == self.newest or parent(role) in self.versions] if role != 'root' else [self.newest('root').signed, *([self._root(self.roots[-1]).signed] if self.roots else [])]
         found = {}
@@ -189,11 +189,11 @@ class Repository:
     def wanted(self, *roles) -> set:   # key ids
         "Which keys may sign for these roles ('releases' for its bins)."
         bins = {BIN: next(self.newest('models').signed.delegations.succinct_roles.get_roles())} if BIN in roles else {}
-        return {k for r in roles for k in ({k for own in USB_MAY for k in self._keys(own)} if r == 'usb' else self._keys(bins.get(r, r)))}
+        return {k for r in roles for k in ({k for own in USB_MAY for k in self.keys_of(own)} if r == 'usb' else self.keys_of(bins.get(r, r)))}
 
     def _sign(self, role, metadata, signers):
         for s in signers:
-            if s.public_key.keyid in self._keys(role): metadata.sign(s, append=True)
+            if s.public_key.keyid in self.keys_of(role): metadata.sign(s, append=True)
         return metadata
 
     def discard(self):
@@ -327,7 +327,7 @@ def _write_out(repository, metadata, targets, signers):
     data = snapshot.to_bytes()
     timestamp.signed.snapshot_meta = MetaFile(snapshot.signed.version, len(data), {'sha256': hashlib.sha256(data).hexdigest()})
     _sign_with(repository, 'timestamp', timestamp, signers, view)
-    if lack := {r: f"1 of {', '.join(sorted(key_name(k) for k in repository._keys(r).values()))}" for r, m in online.items() if not repository._complete(r, m, view)}: return Outcome(False, repository.versions, lack)
+    if lack := {r: f"1 of {', '.join(sorted(key_name(k) for k in repository.keys_of(r).values()))}" for r, m in online.items() if not repository._complete(r, m, view)}: return Outcome(False, repository.versions, lack)
     folder = repository.path
     for path, text in targets.items(): write_file(folder/'targets'/path, text)
     for role, m in others.items(): write_file(folder/f'metadata/{m.signed.version}.{role}.json', m.to_bytes())
@@ -344,7 +344,7 @@ def _place_root(repository, order, root, online):
     order.insert(len(order) if known else 0, (f'metadata/{root.signed.version}.root.json', root))
 
 def _sign_with(repository, role, metadata, signers, view):
-    keys = repository._keys(role)
+    keys = repository.keys_of(role)
     for s in signers:
         if s.public_key.keyid in keys or s.public_key.keyid in view(parent(role)).signed.get_delegated_role(role).keyids: metadata.sign(s, append=True)
 

@@ -208,3 +208,207 @@ def summary(rows: list,               # of `rehearse_many`
         return {'median': float(np.median(values)), 'p90': float(np.quantile(values, 0.9)), 'largest': float(max(values))} if values else None
     return {'runs': len(rows), 'within': rate(lambda r: r['exposed_share'] <= most), **{e: rate(lambda r, e=e: r['ended'] == e) for e in ('rolled-back', 'complete', 'paused', 'running')},
             **{n: middle(n) for n in ('exposed_share', 'exposed_device_h', 'detected_h', 'all_there_h', 'hours', 'asked_a_person', 'never_reached', 'refused')}, 'stuck': sum(r['stuck'] for r in rows), 'still_new': sum(r['still_new'] for r in rows if r['ended'] == 'rolled-back')}
+
+# %% ../../nbs/fleet/simulate.ipynb #9f65d56c
+import concurrent.futures, contextlib, importlib.util, json, math, os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Callable
+import numpy as np
+from ..core import EdgenbError, code_digest, digest_of, file_errors, progress, within, write_atomic
+from .campaign import Campaign, Decision, Policy, apply, decide, minute_of, resume, start
+from .campaign import policy as default_policy
+from .cohorts import cohort
+from .guards import Verdict
+from .reports import Reports, begin_stage, collect, evidence, minute
+from .sequential import CANARY, CONTROL, Evidence
+from .world import BACK, NEW, OLD, REFUSED, STATES, Devices, Fleet, World, advance, make_fleet, publish
+
+# %% ../../nbs/fleet/simulate.ipynb #675bbc5f
+def _go_on(c, ok, reason, guards, e):
+    "The next stage, or the end."
+    reached, asked = int((e.arm == CANARY).sum()), int(e.cohort.sum())
+    return Decision(('complete' if c.stage + 1 == len(c.stages) else 'promote') if ok else 'hold', reason, guards, reached, asked)
+
+def installs(c: Campaign, e: Evidence, now: int, p: Policy, most_failed: float = 0.1, soak_h: float = 24.0) -> Decision:
+    "Go on after a day if installs succeed; go back if one in ten fails."
+    there, failed = int((e.arm == CANARY).sum()), int(e.failed.sum())
+    share = failed/max(1, there + failed)
+    said, bad = f'{there} installed, {failed} failed', there + failed >= 5 and share > most_failed
+    guards = (Verdict('failed installs', not bad, share, most_failed, said),)
+    if bad: return Decision('rollback', said, guards, there, int(e.cohort.sum()))
+    return _go_on(c, there > 0 and now - e.since >= 60*soak_h, said, guards, e)
+
+def peeked(c: Campaign, e: Evidence, now: int, p: Policy, z: float = 1.645, least: int = 200) -> Decision:
+    "A z-test at 5 % at each look, as if it were the only one: go back if canaries are worse, go on if their bound is inside the margin. At the last stage, where nobody is left to compare with, go on after a day."
+    n, k = ([int(getattr(e, f)[e.arm == a].sum()) for a in (CANARY, CONTROL)] for f in ('n', 'errors'))
+    if min(n) < least: return _go_on(c, c.stage + 1 == len(c.stages) and now - e.since >= 24*60, 'too few labels', (), e)
+    a, b, pooled = k[0]/n[0], k[1]/n[1], sum(k)/sum(n)
+    se = math.sqrt(max(pooled*(1 - pooled), 1e-9)*(1/n[0] + 1/n[1]))
+    said = f'{a:.1%} wrong of {n[0]:,} against {b:.1%} of {n[1]:,}'
+    guards = (Verdict('z of the difference', bool((a - b)/se <= z), (a - b)/se, z, said),)
+    if (a - b)/se > z: return Decision('rollback', said, guards, int((e.arm == CANARY).sum()), int(e.cohort.sum()))
+    return _go_on(c, a - b + z*se < p.margin, said, guards, e)
+
+def name_of(judge) -> str:
+    "A judge's name, with what was chosen."
+    inner = getattr(judge, 'func', judge)
+    chosen = ', '.join(f'{k}={v!r}' for k, v in sorted(getattr(judge, 'keywords', {}).items()))
+    return inner.__name__ + (f'({chosen})' if chosen else '')
+
+# %% ../../nbs/fleet/simulate.ipynb #f3a43d6f
+@dataclass(frozen=True, eq=False)
+class Rehearsal:
+    "A campaign that was simulated."
+    world: World
+    seed: int
+    judge: str
+    looks: list          # of dict: hour, state and percent of the campaign, share of the fleet that ever ran the new model, figures of the judge
+    grid: np.ndarray     # int (looks, plants, classes, states): devices
+    log: list            # of dict: hour, action, stage, reason
+    campaign: Campaign   # as it ended
+    outcome: dict
+
+    @property
+    def sites(self) -> list: return [f'plant-{p + 1}' for p in range(self.world.plants)]
+    @property
+    def hardware(self) -> list: return [h for h, _ in self.world.hardware]
+
+def outcome(d: Devices, c: Campaign, log: list) -> dict:
+    "What a campaign came to."
+    ever, reachable = np.isfinite(d.since), d.fleet.up_rate > 0
+    back = next((e['hour'] for e in log if e['action'] == 'rollback'), None)
+    arrived = reachable & (d.state != REFUSED)
+    on_the_way = ~np.isin(d.state, (OLD, NEW, BACK, REFUSED))
+    return {'ended': c.state, 'hours': log[-1]['hour'], 'stage': c.stages[c.stage], 'reason': c.reason, 'asked_a_person': sum(e['action'] == 'stuck' for e in log),
+            'exposed': int(ever.sum()), 'exposed_share': float(ever.mean()), 'exposed_device_h': float((np.minimum(d.left, d.now) - d.since)[ever].sum()),
+            'detected_h': None if back is None else back - float(d.since.min()) if ever.any() else 0.0, 'all_there_h': float(d.since[arrived].max()) if (d.state[arrived] == NEW).all() else None,
+            'never_reached': int((~np.isfinite(d.contact)).sum()), 'refused': int((d.state == REFUSED).sum()), 'power_losses': d.losses,
+            'still_new': int((d.state == NEW).sum()), 'stuck': int((on_the_way & np.isinf(d.due)).sum()), 'events': d.events}
+
+def begin(world: World, seed: int, p: Policy) -> tuple:   # (Devices, Reports, Campaign, inventory)
+    "A fleet, what is known of it, and a campaign at its first stage."
+    fleet = make_fleet(world, seed)
+    if len(p.windows) > 1 or any(w['days'] != 'mon-sun' for w in p.windows): raise EdgenbError('rehearse: only one daily maintenance window can be simulated: replace(policy, windows=…)')
+    window = next(((minute_of(w['from'])/60, (minute_of(w['to']) - minute_of(w['from']))/60 % 24 or 24.0) for w in p.windows), None)
+    inventory = [{'id': i, 'site': s, 'hardware': h} for i, s, h in zip(fleet.ids, np.array(fleet.sites)[fleet.site].tolist(), np.array(fleet.classes)[fleet.hardware].tolist())]
+    c = start(inventory, 'model', digest_of('new'), digest_of('old'), p.stages, windows=p.windows, seed=f'{seed:016x}')
+    return Devices(fleet, window), Reports(fleet), c, inventory
+
+# %% ../../nbs/fleet/simulate.ipynb #2d3d7d86
+def rehearse(world: World = World(), seed: int = 0, judge: Callable = decide,
+             policy: Policy | None = None,      # default: for a fleet of this size
+             every_h: float = 1.0,              # between two looks
+             person_h: float | None = 24.0,     # until a person who is asked gives the campaign more time; None: nobody answers
+             longest_h: float = 24*120.0,       # then the rehearsal ends whatever the campaign says
+             drain_h: float = 24*14.0,          # the fleet is followed after the end
+             pictures: bool = True              # keep what the console draws
+            ) -> Rehearsal:
+    "Simulate one campaign."
+    p = policy or default_policy(world.devices)
+    d, r, c, inventory = begin(world, seed, p)
+    asked, looks, grids, log, paused = cohort(inventory, c.to_dict()), [], [], [{'hour': 0.0, 'action': 'start', 'stage': c.stages[0], 'reason': c.reason}], math.inf
+    def note(guards=()):
+        if not pictures: return
+        looks.append({'hour': d.now, 'state': c.state, 'percent': c.stages[c.stage], 'exposed': float(np.isfinite(d.since).mean()), 'figures': {g.name: (g.value, g.boundary) for g in guards if g.holds is not None}})
+        grids.append(_grid(d))
+    def follow(new, action):
+        nonlocal c, asked
+        if new.stage != c.stage: asked = cohort(inventory, new.to_dict()); begin_stage(r, d.now)
+        c = new
+        log.append({'hour': d.now, 'action': action, 'stage': c.stages[c.stage], 'reason': c.reason})
+        publish(d, asked, 'running' if c.state in ('running', 'complete') else c.state)
+    publish(d, asked)
+    note()
+    while not c.over and d.now < longest_h:
+        advance(d, d.now + every_h)
+        collect(r, d)
+        if person_h is not None and d.now - paused >= person_h: paused = math.inf; follow(resume(c, 'it gets more time'), 'resume')
+        said = judge(c, evidence(r, d, asked), int(minute(d.now)), p)
+        if said.action != 'hold': follow(apply(c, said, inventory), said.action)
+        if said.action == 'stuck': paused = d.now
+        note(said.guards)
+    end = d.now + drain_h
+    while d.now < end:
+        advance(d, min(end, d.now + 6.0))
+        note()
+    return Rehearsal(world, seed, name_of(judge), looks, np.array(grids), log, c, outcome(d, c, log))
+
+def _grid(d):
+    f, classes = d.fleet, len(d.fleet.world.hardware)
+    return np.bincount(f.stratum*len(STATES) + d.state, minlength=f.world.plants*classes*len(STATES)).reshape(f.world.plants, classes, len(STATES)).astype(np.int32)
+
+# %% ../../nbs/fleet/simulate.ipynb #91dbc040
+def _kept(path: Path) -> dict:
+    "Rows by seed of an earlier run; what a killed one left half-written is cut off."
+    if not path.exists(): return {}
+    data = path.read_bytes()
+    if data and not data.endswith(b'\n'):
+        data = data[:data.rfind(b'\n') + 1]
+        write_atomic(path, data)
+    return {row['seed']: row for row in map(json.loads, data.splitlines())}
+
+def _some(world, seeds, judge, choices):
+    "What a worker does."
+    return [{'seed': s} | rehearse(world, s, judge, pictures=False, **choices).outcome for s in seeds]
+
+def _pieces(world, seeds, judge, choices, workers, scheduler):
+    "Results as they come: from this process, from `workers` processes, or from a Dask cluster."
+    size = max(1, min(20, 20_000//world.devices, -(-len(seeds)//max(1, 4*workers))))
+    pieces = [seeds[i:i + size] for i in range(0, len(seeds), size)]
+    if scheduler == 'local' and importlib.util.find_spec('distributed') is None: scheduler = ''     # without Dask: processes of this machine
+    if scheduler:
+        from edgenb.executors import _client, _same_code
+        client, cluster = _client(scheduler, workers)
+        with contextlib.ExitStack() as stack:
+            if cluster: stack.enter_context(contextlib.closing(cluster))
+            stack.enter_context(contextlib.closing(client))
+            from distributed import as_completed
+            _same_code(client, scheduler)
+            for future in as_completed([client.submit(_some, world, p, judge, choices, pure=False) for p in pieces], loop=client.loop): yield future.result()
+    elif workers <= 1:
+        for p in pieces: yield _some(world, p, judge, choices)
+    else:
+        with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+            running = [pool.submit(_some, world, p, judge, choices) for p in pieces]
+            try:
+                for future in concurrent.futures.as_completed(running): yield future.result()
+            finally:
+                for future in running: future.cancel()
+
+def rehearse_many(world: World, seeds, judge: Callable = decide,
+                  folder: str | Path | None = None,   # results are kept there, and what is there already is not done again
+                  workers: int = 1,                   # processes on this machine
+                  scheduler: str = '',                # of Dask: an address, or `local` for one of `workers` processes started here; '' for none
+                  **choices                           # of `rehearse`
+                 ) -> list:                           # of dict: seed and outcome, in the order of the seeds
+    "The outcomes of many rehearsals."
+    seeds, path, done = list(dict.fromkeys(int(s) for s in seeds)), None, {}
+    if folder is not None:
+        path = Path(folder)/f"{digest_of([asdict(world), name_of(judge), {k: v.to_dict() if isinstance(v, Policy) else v for k, v in choices.items()}, code_digest(rehearse), code_digest(getattr(judge, 'func', judge))])[:16]}.jsonl"
+        with file_errors(path): path.parent.mkdir(parents=True, exist_ok=True)
+        done = _kept(path)
+    todo = [s for s in seeds if s not in done]
+    with progress(total=len(seeds), initial=len(seeds) - len(todo), desc=f'rehearsals, {name_of(judge)}', disable=not todo) as bar, contextlib.ExitStack() as stack:
+        out = stack.enter_context(open(path, 'ab')) if path and todo else None
+        for rows in _pieces(world, todo, judge, choices, workers, scheduler):
+            done |= {row['seed']: row for row in rows}
+            if out:
+                with file_errors(path): out.write(b''.join(json.dumps(row).encode() + b'\n' for row in rows)); out.flush(); os.fsync(out.fileno())
+            bar.update(len(rows))
+    return [done[s] for s in seeds]
+
+# %% ../../nbs/fleet/simulate.ipynb #52c7e293
+def summary(rows: list,               # of `rehearse_many`
+            most: float = 0.06        # share of the fleet that a bad model may reach
+           ) -> dict:
+    "Rates with intervals, and medians (with the 90 % quantile)."
+    from edgenb.verify import rate_interval
+    def rate(of):
+        hits = sum(map(of, rows))
+        return {'share': hits/len(rows), **dict(zip(('low', 'high'), map(float, rate_interval(hits, len(rows))))), 'count': hits}
+    def middle(name):
+        values = [r[name] for r in rows if r[name] is not None]
+        return {'median': float(np.median(values)), 'p90': float(np.quantile(values, 0.9)), 'largest': float(max(values))} if values else None
+    return {'runs': len(rows), 'within': rate(lambda r: r['exposed_share'] <= most), **{e: rate(lambda r, e=e: r['ended'] == e) for e in ('rolled-back', 'complete', 'paused', 'running')},
+            **{n: middle(n) for n in ('exposed_share', 'exposed_device_h', 'detected_h', 'all_there_h', 'hours', 'asked_a_person', 'never_reached', 'refused')}, 'stuck': sum(r['stuck'] for r in rows), 'still_new': sum(r['still_new'] for r in rows if r['ended'] == 'rolled-back')}

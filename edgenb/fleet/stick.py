@@ -44,7 +44,7 @@ def export_usb(repository: Repository,
         for name in [f'{n}.root' for n in repository.roots] + [f'{repository.versions[r]}.{r}' for r in ('targets', 'models', *bins)]: _copy(repository.path/f'metadata/{name}.json', folder/f'metadata/{name}.json')
     for r in USB_MAY: write_file(folder/'metadata'/(f'{used[r]}.{r}.json' if r != 'timestamp' else 'timestamp.json'), new[r].to_bytes())   # the timestamp is the last of the three
     sign_export(folder, signers)
-    lack = {r: f'1 of {names}' for r in USB_MAY if not _export(folder)[r][1].signatures and (names := ', '.join(sorted(key_name(k) for k in repository._keys(r).values())))}
+    lack = {r: f'1 of {names}' for r in USB_MAY if not _export(folder)[r][1].signatures and (names := ', '.join(sorted(key_name(k) for k in repository.keys_of(r).values())))}
     return Outcome(not lack, repository.versions | used, lack)
 
 def _named(there, name, repository):

@@ -69,7 +69,7 @@ def _expiries(repository):
         except EdgenbError as e: found.append(Finding(role, False, str(e))); continue
         named = (m if role == 'root' else repository.published(parent(role))).signed.get_delegated_role(role)
         bins = [repository.published(b).signed.expires for b in m.signed.delegations.succinct_roles.get_roles()] if role == 'models' else []
-        keys = repository._keys(role)
+        keys = repository.keys_of(role)
         left = (min([m.signed.expires, *bins]) - repository.clock())/datetime.timedelta(days=1)
         late = left < lasts(role).days/12 if role not in USB_MAY else left <= 0
         found.append(Finding(role, not late, f"{named.threshold} of {', '.join(sorted(key_name(keys[i]) for i in named.keyids))}; expires in {left:.1f} days" + (': renew it' if late else '')))
