@@ -231,6 +231,34 @@ def test_a_device_with_a_new_disk_is_not_taken_for_its_old_self(tmp_path):
         if (data := batch(new)[0]) is not None: acknowledge(new, take(db, data, NOW + 1200))
     assert new.waiting == 0 and sum(n for *_, n in counts(db)) == 5 + 14 and new.close(NOW + 1300)['boot'] == 1
 
+def certificate(folder):
+    "A certificate for this machine, signed by itself."
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    import ipaddress
+    key, name, now = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, 'collector')]), datetime.datetime.now(datetime.UTC)
+    cert = (x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1).not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address('127.0.0.1'))]), critical=False).add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True).sign(key, hashes.SHA256()))
+    (folder/'cert.pem').write_bytes(cert.public_bytes(serialization.Encoding.PEM))
+    (folder/'key.pem').write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    return str(folder/'cert.pem'), str(folder/'key.pem')
+
+def test_over_tls_a_device_sends_only_to_a_collector_whose_certificate_it_trusts(tmp_path):
+    import threading
+    from edgenb.fleet.collector import server
+    db, key, told = enrolled(tmp_path)
+    cert, private = certificate(tmp_path)
+    s = server(db, cert=cert, key=private); threading.Thread(target=s.serve_forever, daemon=True).start()
+    box, url = Outbox(tmp_path/'outbox.db', told['id'], key, told['collector']), f'https://127.0.0.1:{s.server_address[1]}/v1/rows'
+    box.close(NOW)
+    silent = socket.create_connection(s.server_address)          # says nothing, and holds up nobody
+    untrusted = send(box, url)
+    assert untrusted.rows == 0 and 'SSL' in untrusted.why and counts(db) == []
+    assert send(box, url, ca=cert).rows == 1 and box.waiting == 0
+    silent.close(); s.shutdown(); s.server_close()
+    with pytest.raises(EdgenbError, match='certificate'): server(db, cert=str(tmp_path/'no.pem'))
+
 def test_nobody_but_its_collector_makes_a_device_forget(tmp_path):
     db, key, told = enrolled(tmp_path)
     box = Outbox(tmp_path/'outbox.db', told['id'], key, told['collector'])
