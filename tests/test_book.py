@@ -230,7 +230,7 @@ def test_every_command_in_the_documentation_is_one(where, line):
     from edgenb.cli import COMMANDS, parser
     from edgenb.mill import parameters, recipe
     from edgenb.weights import bundled
-    words = shlex.split(re.split(r'\s{2,}#', line)[0].replace('...', ''))[1:]
+    words = shlex.split(re.split(r'\s{2,}#| > ', line)[0].replace('...', ''))[1:]
     if len(words) == 1 and words[0] in COMMANDS: return   # the command by its name
     try: args = parser().parse_args(words)
     except SystemExit: pytest.fail(f'{where}: {line} is not a command')
