@@ -106,6 +106,8 @@ def test_substation_goes_round_the_whole_loop_and_a_second_run_skips_every_room(
     row, again = (finish(subprocess.Popen(go, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) for _ in range(2))
     assert row['reached'] == again['reached'] == 'learn' and row['data'] == 'synthetic' and all(json.loads(c.read_text())['data'] == 'synthetic' for c in Path(row['path']).glob('0?-*.json'))
     manifest = json.loads((Path(row['bundle'])/'manifest.json').read_text())
+    checked = subprocess.run([sys.executable, '-m', 'edgenb.golden', row['bundle']], cwd=tmp_path, capture_output=True, text=True)
+    assert json.loads(checked.stdout)['worst'] < 0.01 and 'golden/0.npy' in manifest['files'], checked.stdout + checked.stderr
     assert manifest['data'] == 'synthetic' and 'made from synthetic data' in manifest['warnings'] and len(manifest['warnings']) >= 2
     np.save(tmp_path/'window.npy', np.load(next(Path(row['path']).glob('08-learn.*/new.npy')))[0])
     done = subprocess.run([edgenb, 'predict', row['bundle'], 'window.npy', '--json'], cwd=tmp_path, capture_output=True, text=True)
