@@ -7,7 +7,7 @@ __all__ = ['SIGNS', 'MOST_SIGNS', 'ACTIONS', 'Board', 'alerts_of', 'board_of', '
            'exposure_figure', 'guard_figure', 'nearest', 'guards_table', 'log_table', 'in_words', 'steer',
            'signed_html', 'console']
 
-# %% ../../nbs/fleet/console.ipynb #7c7b2e38
+# %% ../../nbs/fleet/console.ipynb #1ca28453
 import html, json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from .sequential import CANARY, Evidence
 from .simulate import Rehearsal
 from .world import STATES
 
-# %% ../../nbs/fleet/console.ipynb #06641655
+# %% ../../nbs/fleet/console.ipynb #d0377629
 @dataclass(frozen=True, eq=False)
 class Board:
     "A campaign for the console: one entry a look at the fleet."
@@ -52,7 +52,7 @@ def alerts_of(r: Rehearsal) -> list:
     for s, site in enumerate(r.sites):
         for h, kind in enumerate(r.hardware):
             if (at := np.flatnonzero(np.diff(refused[:, s, h], prepend=0) > 0)).size:
-                found.append({'hour': r.looks[at[0]]['hour'], 'where': f'{site}/{kind}', 'what': f'{refused[-1, s, h]} of {r.grid[-1, s, h].sum()} refuse the release: health check or disk'})
+                found.append({'hour': r.looks[at[0]]['hour'], 'where': f'{site}/{kind}', 'what': f'{refused[-1, s, h]} of {r.grid[-1, s, h].sum()} refuse the release: health check, disk or power'})
     if r.outcome['never_reached']: found.append({'hour': r.looks[-1]['hour'], 'where': 'fleet', 'what': f"{r.outcome['never_reached']} devices were never heard"})
     return sorted(found, key=lambda a: a['hour'])
 
@@ -65,7 +65,7 @@ def board_of(r: Rehearsal) -> Board:
     return Board(f'{r.world.devices:,} devices in {r.world.plants} plants', True, r.sites, r.hardware, [l['hour'] for l in r.looks], r.grid, [l['state'] for l in r.looks], [l['percent'] for l in r.looks],
                  [l['exposed'] for l in r.looks], figures, r.log, alerts_of(r))
 
-# %% ../../nbs/fleet/console.ipynb #1cdbbdea
+# %% ../../nbs/fleet/console.ipynb #4299b0c2
 def _states_of(e: Evidence) -> np.ndarray:   # int (d,): index into STATES
     "What the controller knew of each device."
     on_new, failed = e.arm == CANARY, np.zeros(len(e.arm), bool) if e.failed is None else np.asarray(e.failed, bool)
@@ -102,7 +102,7 @@ def board_of_log(folder: str | Path,    # of one campaign, as the controller kee
     return Board(f'{s.campaign.name}, campaign {s.campaign.id}', False, sites, kinds, [(r['now'] - s.began)/60 for r, _, _ in seen], grid, [c.state for _, c, _ in seen[:-1]] + [s.campaign.state],
                  [c.stages[c.stage] for _, c, _ in seen], ever.tolist(), figures, log, alerts)
 
-# %% ../../nbs/fleet/console.ipynb #e6055dc8
+# %% ../../nbs/fleet/console.ipynb #7ac922d4
 SIGNS = {'old': ('□', '#8a8a8a', 'old model'), 'fetching': ('◔', '#3a93c8', 'on its way'), 'ready': ('◑', '#3a93c8', 'waits for its window'), 'installing': ('◕', '#3a93c8', 'installing'), 'off': ('○', '#c98a00', 'without power'),
          'new': ('■', '#1f6fb5', 'new model'), 'back': ('◇', '#0f8a63', 'went back'), 'refused': ('✗', '#d1495b', 'refused it')}   # state -> sign, colour (legible on white and on black), words
 MOST_SIGNS = 24   # in a cell of the map
@@ -127,7 +127,7 @@ def map_html(b: Board, look: int) -> str:
     many = '' if per == 1 else f' A sign stands for up to {per:,} devices.'
     return f'<p><small>{legend}.{many}</small></p><table><caption>{esc(b.title)}{" (simulated)" if b.simulated else ""}, hour {b.hours[look]:g}</caption><thead>{head}</thead><tbody>{rows}</tbody></table>'
 
-# %% ../../nbs/fleet/console.ipynb #52837b5e
+# %% ../../nbs/fleet/console.ipynb #41a85576
 def _figure(b, title, y, **layout):
     import plotly.graph_objects as go
     figure = go.Figure(layout=dict(title=title + (' (simulated)' if b.simulated else ''), xaxis_title='hours since the campaign began', yaxis_title=y, template='plotly_white', width=760, height=330, **layout))
@@ -170,7 +170,7 @@ def log_table(b: Board, look: int) -> str:
     alarms = [[f"{a['hour']:.0f}", a['where'], a['what']] for a in b.alerts if a['hour'] <= now]
     return decided + (table(['hour', 'where', 'what'], alarms, 'alerts') if alarms else '<p>No alerts.</p>')
 
-# %% ../../nbs/fleet/console.ipynb #d7442e21
+# %% ../../nbs/fleet/console.ipynb #3c94f638
 def in_words(b: Board, look: int) -> str:
     "One line: where the campaign is."
     now = b.grid[look].sum((0, 1))
@@ -205,7 +205,7 @@ def console(source,                        # a Rehearsal, the folder of a campai
     panel = Panel('campaign console', paper, lambda: _console_widget(panel, read, act))
     return panel
 
-# %% ../../nbs/fleet/console.ipynb #17c7dd31
+# %% ../../nbs/fleet/console.ipynb #fa488e5f
 def _console_widget(panel, read, act):
     "The console on a screen: a slider over the looks, the map, the figures, and two buttons."
     import ipywidgets as w
