@@ -10,7 +10,7 @@ __all__ = ['DAYS', 'STATES', 'HEX', 'CHECKS', 'WHY', 'days_of', 'minute_of', 'wi
 # %% ../../nbs/fleet/campaign.ipynb #b650f5ed
 import datetime, re, secrets
 from dataclasses import asdict, dataclass, field, fields, replace
-from ..core import EdgenbError, did_you_mean, digest_of, within
+from ..core import EdgenbError, did_you_mean, within
 from .cohorts import cutoffs
 
 # %% ../../nbs/fleet/campaign.ipynb #f0d09ccb
