@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 from edgenb.core import EdgenbError
-from edgenb.fleet.console import SIGNS, Board, board_of, console, map_html
+from edgenb.fleet.console import SIGNS, Board, board_of, board_of_log, console, map_html
 from edgenb.fleet.simulate import installs, rehearse
 from edgenb.fleet.world import STATES, World
 
@@ -118,3 +118,50 @@ def test_a_board_that_does_not_fit_together_is_refused(wrong, says):
 
 def test_a_rehearsal_without_pictures_says_how_to_get_them():
     with pytest.raises(EdgenbError, match='pictures=True'): console(rehearse(World(devices=20, plants=2), 0, installs, pictures=False)).html()
+
+
+# ---- a real campaign, from the controller's log
+
+@pytest.fixture
+def real(tmp_path):
+    "A campaign that a controller has looked at for two days; its reports come from a simulated fleet. (folder, what was signed)"
+    from edgenb.fleet.campaign import policy
+    from edgenb.fleet.cohorts import cohort
+    from edgenb.fleet.controller import begin as begin_log, step
+    from edgenb.fleet.reports import begin_stage, collect, evidence, minute
+    from edgenb.fleet.simulate import begin
+    from edgenb.fleet.world import advance, publish
+    world, p, signed = World(change=0.03), policy(340), []
+    d, r, c, inventory = begin(world, 7, p)
+    asked, folder = cohort(inventory, c.to_dict()), begin_log(tmp_path, c, p, inventory, signed.append, now=int(minute(0))).folder
+    publish(d, asked)
+    while not signed[-1].over:
+        advance(d, d.now + 1.0); collect(r, d)
+        step(folder, lambda *_: evidence(r, d, asked), signed.append, now=int(minute(d.now)))
+    return folder, signed, rehearse(world, 7)
+
+
+def test_the_controller_with_its_log_decides_what_was_rehearsed(real):
+    folder, signed, rehearsal = real
+    assert (signed[-1].state, signed[-1].reason, signed[-1].cutoffs) == (rehearsal.campaign.state, rehearsal.campaign.reason, rehearsal.campaign.cutoffs)
+    from edgenb.fleet.controller import replay
+    assert replay(folder) == []
+
+
+def test_the_console_of_a_real_campaign_shows_its_log(real):
+    folder, signed, rehearsal = real
+    b = board_of_log(folder)
+    assert not b.simulated and b.grid.sum((1, 2, 3)).tolist() == [340]*len(b.hours) and b.state[-1] == 'rolled-back' and b.hours[-1] == rehearsal.outcome['hours']
+    mine = board_of(rehearsal)
+    look = mine.hours.index(b.hours[-2])
+    for s, site in enumerate(b.sites):     # the same devices on the new model, site by site, as far as they have reported
+        assert b.grid[-2, s, :, STATES.index('new')].sum() <= mine.grid[look, mine.sites.index(site), :, STATES.index('new')].sum()
+    assert b.figures['labels'][-1][1] >= b.figures['labels'][-1][2] and 'Simulated' not in console(folder).html()
+
+
+def test_a_campaign_that_nobody_looked_at_yet_says_what_to_do(tmp_path):
+    from edgenb.fleet.campaign import policy, start
+    from edgenb.fleet.controller import begin as begin_log
+    devices = [{'id': f'd{i}', 'site': 'Ulm', 'hardware': 'orin'} for i in range(40)]
+    folder = begin_log(tmp_path, start(devices, 'wafer', 'a'*64, 'b'*64), policy(40), devices, lambda c: None).folder
+    with pytest.raises(EdgenbError, match='has not looked at campaign wafer-aaaaaaaa yet'): console(folder).html()

@@ -9,7 +9,7 @@ __all__ = ['STATES', 'HEX', 'CHECKS', 'WHY', 'Campaign', 'parse', 'start', 'prom
 # %% ../../nbs/fleet/campaign.ipynb #b650f5ed
 import datetime, re, secrets
 from dataclasses import asdict, dataclass, field, fields, replace
-from ..core import EdgenbError, did_you_mean, digest_of, within
+from ..core import EdgenbError, did_you_mean, within
 from .cohorts import cutoffs
 from .windows import days_of, minute_of
 

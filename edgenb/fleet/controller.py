@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable
-from ..core import EdgenbError, digest_of, did_you_mean, file_errors, json_text, sync_folder, write_atomic
+from ..core import EdgenbError, did_you_mean, file_errors, json_text, sync_folder, write_atomic
 from .campaign import Campaign, Decision, Policy, abort, apply, decide, parse, pause, policy, resume, roll_back, start
 from .cohorts import cohort, strata_of
 from .sequential import Evidence
