@@ -2154,6 +2154,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'edgenb.ship.Bundle.answer': ('ship.html#bundle.answer', 'edgenb/ship.py'),
                              'edgenb.ship.Bundle.embed': ('ship.html#bundle.embed', 'edgenb/ship.py'),
                              'edgenb.ship.Bundle.predict': ('ship.html#bundle.predict', 'edgenb/ship.py'),
+                             'edgenb.ship.Bundle.told': ('ship.html#bundle.told', 'edgenb/ship.py'),
                              'edgenb.ship._leaving': ('ship.html#_leaving', 'edgenb/ship.py'),
                              'edgenb.ship._nameless': ('ship.html#_nameless', 'edgenb/ship.py'),
                              'edgenb.ship._portable': ('ship.html#_portable', 'edgenb/ship.py'),

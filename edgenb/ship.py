@@ -39,9 +39,12 @@ class Bundle:
 
     def predict(self, images: list) -> list:   # of {'decision', 'label', 'score'}, one an image; where no class is the accepted one also 'codes', the five most probable with their probabilities (where several may be true: of being there)
         "Decide on images, windows or notes."
-        a = self.answer(images)
+        return self.told(self.answer(images))
+
+    def told(self, a: dict) -> list:   # of `answer`; as `predict` returns it
+        "An answer as people and programs read it."
         if self.pipeline.negative < 0: more = [{'codes': [[self.pipeline.classes[i], round(float(p[i]), 6)] for i in np.argsort(-p, kind='stable')[:5]]} for p in a.get('present', a['probabilities'])]
-        else: more = [{}]*len(images)
+        else: more = [{}]*len(a['score'])
         return [{'decision': str(d), 'label': self.pipeline.classes[l], 'score': round(float(s), 6)} | m for d, l, s, m in zip(a['decision'], a['label'], a['score'], more)]
 
     def embed(self, images: list) -> np.ndarray:   # (n, d)

@@ -19,6 +19,7 @@ from edgenb.agent.storage import Device, Disk, Held, Journal, Store
 from edgenb.agent.trust import Deadline, FolderSource, Unreachable
 from edgenb.cli import main
 from edgenb.core import EdgenbError, json_text
+from edgenb.drift import Detector, fourier
 
 ROOT = Path(__file__).resolve().parents[1]
 A, B, C = 'a'*64, 'b'*64, 'c'*64
@@ -55,6 +56,14 @@ def test_the_last_campaign_of_a_name_counts_and_other_names_do_not():
     assert d.release is None and 'enrol this device with --model' in d.why
     assert 'no campaign is about toy' in asked(campaign(name='other'), model='toy').why
     assert 'newer edgenb' in decide({'edgenb_campaigns': 2}, device_of('/x'), Journal(), TUESDAY).why
+
+
+@pytest.mark.parametrize('state', ['running', 'paused', 'aborted', 'rolled-back', 'complete'])
+def test_a_device_that_was_away_during_a_roll_back_leaves_the_release_whatever_came_after(state):
+    first, after = campaign(state='rolled-back'), campaign(id='c2', release=C, state=state, cutoffs=OUT)
+    assert asked(first, after, runs=B).release == (C if state == 'complete' else A)
+    again = campaign(id='c3', state='complete')                        # the same release, tried anew and found good
+    assert asked(first, again, campaign(id='c4', release=C, replaces=B, state=state, cutoffs=OUT), runs=B).release == (C if state == 'complete' else None)
 
 
 def test_a_release_that_failed_here_waits_for_another_campaign():
@@ -194,7 +203,8 @@ def test_more_requests_than_the_queue_holds_are_told_to_come_again(here):
 
 def test_the_http_api_answers_programs_of_this_device_and_refuses_the_rest(here):
     tiny_bundle(here/'a', 'a')
-    s = Server(Word)
+    seen = []
+    s = Server(Word, lambda *told: seen.append(told))
     http = http_server(s, 0, lambda: {'model': s.digest})
     assert http.server_address[0] == '127.0.0.1'
     threading.Thread(target=http.serve_forever, kwargs={'poll_interval': 0.05}, daemon=True).start()
@@ -212,11 +222,44 @@ def test_the_http_api_answers_programs_of_this_device_and_refuses_the_rest(here)
     for bad in (b'', b'{', b'[]', b'{"inputs": []}', b'{"inputs": ["/etc/passwd"]}', b'{"inputs": [{"values": [[1],[1,2]]}]}', b'{"inputs": [{"base64": "!"}]}', json.dumps({'inputs': [{'text': 'x'}]*65}).encode()):
         assert get('/v1/predict', bad, Content_Type='application/json')[0] == 400
     assert get('/v1/predict', b'x', Origin='https://evil.example')[0] == 403 and get('/healthz', Host='evil.example')[0] == 403
-    assert get('/nothing')[0] == 404 and get('/v1/predict')[0] == 404
+    assert get('/nothing')[0] == 404 and get('/v1/predict')[0] == 404 and get('/v1/outcome')[0] == 404
+    for model, correct in (('A', True), ('A', False)): assert get('/v1/outcome', json.dumps({'model': model, 'correct': correct}).encode()) == (200, {'ok': True})
+    for bad in (b'', b'{', b'[]', b'{"correct": true}', b'{"model": "A", "correct": 1}', b'{"model": "A", "correct": true, "why": "a note"}', b'{"model": "B", "correct": true}', b'{"model": "", "correct": true}'):
+        assert get('/v1/outcome', bad)[0] == 400
+    assert [n for n in seen if 'outcome' in n[0]] == [('edgenb.outcome.count', 1, 'A')]*2 + [('edgenb.outcome.error.count', 1, 'A')]
     c = HTTPConnection('127.0.0.1', http.server_address[1])
     c.putrequest('POST', '/v1/predict'); c.putheader('Content-Length', str(BODY_MAX + 1)); c.endheaders()
     assert c.getresponse().status == 413
     http.shutdown(); http.server_close()
+
+
+class Ears:
+    "A bundle whose input is its embedding."
+    def __init__(self, reference): self.detector = Detector.fit(reference, window=20, windows_per_month=100, false_alarms_per_month=1, scales=(1,), seed=1)
+    def answer(self, inputs): return {'embedding': np.stack(inputs), 'score': np.full(len(inputs), 0.9)}
+    def told(self, a): return [{'decision': 'accept', 'label': 'a', 'score': float(s)} for s in a['score']]
+
+
+def test_what_a_model_sees_is_held_against_its_reference_and_told_as_sums(here):
+    rng = np.random.default_rng(3)
+    tiny_bundle(here/'a', 'a'); tiny_bundle(here/'b', 'b')
+    ears, seen = Ears(rng.normal(size=(3000, 4))), []
+    s = Server(lambda folder: ears if folder.name == 'a' else Word(folder), lambda *told: seen.append(told))
+    s.serve(here/'a', 'A')
+    same = rng.normal(size=(100, 4))
+    for x in same: s.predict([x])
+    sums = [v for n, v, model in seen if n == 'edgenb.drift.sums' and model == 'A']
+    assert np.allclose(np.sum(sums, 0), fourier(same, ears.detector.directions).sum(0)) and not [n for n in seen if n[0] == 'edgenb.drift.alarm.count']
+    for x in rng.normal(3, size=(100, 4)): s.predict([x])
+    alarms = [v for n, v, _ in seen if n == 'edgenb.drift.alarm.count']
+    statistic = [v for n, v, _ in seen if n == 'edgenb.drift.statistic']
+    assert alarms and len(statistic) == len(alarms) and max(statistic) > 1e4
+    s.predict([np.full(4, np.nan)])                                    # no number: decided, not counted as drift
+    assert len([n for n in seen if n[0] == 'edgenb.drift.sums']) == 200 and len([n for n in seen if n[0] == 'edgenb.decision.count']) == 201
+    s.serve(here/'b', 'B'); s.predict([b'x'])                          # a model without a detector
+    assert seen[-1][2] == 'B' and len([n for n in seen if n[0] == 'edgenb.drift.sums']) == 200
+    s.outcome(False, 'A')                                              # the one before: its label came late
+    assert seen[-2:] == [('edgenb.outcome.count', 1, 'A'), ('edgenb.outcome.error.count', 1, 'A')]
 
 
 def test_text_in_a_request_is_never_a_path():

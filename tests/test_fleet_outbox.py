@@ -140,12 +140,15 @@ def test_an_agent_that_runs_reports_what_it_decides_and_its_update(tmp_path):
     for _ in range(25):
         try: urllib.request.urlopen(urllib.request.Request(f'{address}/v1/predict', b'x', {'Content-Type': 'image/png'}), timeout=5).read()
         except OSError: pass
+    for correct in (True, False, True):
+        urllib.request.urlopen(urllib.request.Request(f'{address}/v1/outcome', json.dumps({'model': digest, 'correct': correct}).encode()), timeout=5).read()
     running.send_signal(signal.SIGTERM); assert running.wait(30) == 0
     box = outbox_at(tmp_path/'agent', load_device(tmp_path/'agent').id)
     assert box.waiting >= 1
     take(db, batch(box)[0])
     with store(db) as d: rows = [(m, json.loads(t)) for m, t in d.execute('SELECT m.digest, r.metrics FROM rows r LEFT JOIN models m ON m.id = r.model')]
     assert sum(m.get('edgenb.decision.count', 0) for d, m in rows if d == digest) >= 25 and rows[0][1]['edgenb.process.restart.count'] == 1
+    assert [sum(m.get(f'edgenb.outcome.{n}', 0) for d, m in rows if d == digest) for n in ('count', 'error.count')] == [3, 1]
 
 # ---------------------------------------------------------------- whatever the order
 

@@ -53,20 +53,21 @@ def decide(document: dict,                # campaigns.json, verified
     if not _sound(c): return stay(f"campaign {c.get('id', '?')} is damaged or of a format that this agent does not know")
     if c['state'] not in STATES: return stay(f"campaign {c['id']} is '{c['state']}', which this agent ({version}) does not know: install a newer edgenb", c['id'])
     if version_tuple(c.get('agent', '0')) > version_tuple(version): return stay(f"campaign {c['id']} needs agent {c['agent']}, this is {version}: install a newer edgenb", c['id'])
-    return _timed(_wanted(c, device, journal), c, journal, at)
+    return _timed(_wanted(c, device, journal, {m['release'] for m in {m['release']: m for m in mine if _sound(m)}.values() if m['state'] == 'rolled-back'}), c, journal, at)
 
 
-def _wanted(c: dict, device: Device, journal: Journal) -> Decision:
+def _wanted(c: dict, device: Device, journal: Journal, withdrawn: set) -> Decision:   # withdrawn: releases whose last campaign was rolled back
     "Which release the campaign wants here."
     held, back, name = journal.serving(), c.get('replaces'), f"campaign {c['id']}"
     on_it = held is not None and held.digest == c['release']
+    astray = held is None or held.digest in withdrawn   # a device that was away while a campaign before this one was rolled back
     known_good = Decision(back, f"{name} is {c['state']}; devices outside it run what it replaces", c['id']) if back else Decision(None, f"{name} is {c['state']} and names nothing to run meanwhile", c['id'])
     reason = f": {c['reason']}" if c.get('reason') else ''
     if c['state'] == 'rolled-back':
-        if not on_it: return known_good if held is None else Decision(None, f'{name} was rolled back{reason}; this device is not on it', c['id'])
+        if not on_it: return known_good if astray else Decision(None, f'{name} was rolled back{reason}; this device is not on it', c['id'])
         return Decision(back, f'{name} was rolled back{reason}', c['id']) if back else Decision(None, f'{name} was rolled back{reason}, but names nothing to go back to: the model stays', c['id'])
     if on_it: return Decision(None, f'{name} ({c["state"]}): this device runs its release', c['id'])
-    if c['state'] in ('paused', 'aborted'): return known_good if held is None else Decision(None, f"{name} is {c['state']}{reason}: nothing new is installed", c['id'])
+    if c['state'] in ('paused', 'aborted'): return known_good if astray else Decision(None, f"{name} is {c['state']}{reason}: nothing new is installed", c['id'])
     if c['state'] == 'complete': return Decision(c['release'], f'{name} is complete: every device runs its release', c['id'])
     stage = f"stage {c['stages'][c['stage']]} %" if isinstance(c.get('stages'), list) and isinstance(c.get('stage'), int) and 0 <= c['stage'] < len(c['stages']) else 'its stage'
     if takes_part(c, {'id': device.id, 'site': device.site, 'hardware': device.hardware}): return Decision(c['release'], f'{name}, {stage}: this device takes part ({device.stratum})', c['id'])

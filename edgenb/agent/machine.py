@@ -110,7 +110,7 @@ class Machine:
                  source: Source | None = None,   # default: the device's repository
                  clock=time.time, steady=time.monotonic,
                  stopped=lambda: False,    # asked between pieces of work
-                 observe=lambda name, value: None):
+                 observe=lambda name, value, model='': None):
         self.store, self.device, self.root, self.server = store, device, root, server or Nobody()
         self.prover, self.source, self.clock, self.steady, self.stopped, self.observe = prove, source, clock, steady, stopped, observe
         self.state, self.before, self.why, self.since, self.entered = 'START', '', 'the agent starts', clock(), steady()

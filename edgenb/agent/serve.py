@@ -35,11 +35,11 @@ class _Loaded:
 class Server:
     "Serves one model; another one takes over between two requests."
     def __init__(self, load=None,            # folder -> object with `predict(list) -> list` (default: `edgenb.ship.load_bundle`)
-                 observe=lambda name, value: None,   # (name of edgenb.fleet.schema, number)
+                 observe=lambda name, value, model=None: None,   # (name of edgenb.fleet.schema, number, digest of the bundle that it is about)
                  available=available_mb):
         self.load, self.observe, self.available = load or _load_bundle, observe, available
         self._now, self._gate, self._waiting, self._closed = None, threading.Condition(), 0, False
-        self.how, self.why_nothing = '', 'no model is installed yet'
+        self.how, self.why_nothing, self.known = '', 'no model is installed yet', set()
         self.fresh()
 
     @property
@@ -111,22 +111,42 @@ class Server:
         "Decide, and say who did."
         answers = []
         with self._turn() as now:
+            watched = hasattr(now.model, 'detector')     # a bundle
             for x in inputs:
                 start = time.perf_counter()
                 try:
-                    answer, = now.model.predict([x])
+                    whole = now.model.answer([x]) if watched else {}
+                    answer, = now.model.told(whole) if watched else now.model.predict([x])
                     if not math.isfinite(float(answer.get('score', 0))): raise ValueError('the score is not a number')
                 except EdgenbError: raise            # the input's fault
                 except Exception as e:               # the model's
-                    self.observe('edgenb.decision.count', 1); self.observe('edgenb.decision.error.count', 1)
+                    self.observe('edgenb.decision.count', 1, now.digest); self.observe('edgenb.decision.error.count', 1, now.digest)
                     self._seen(False)
                     raise Failed(f'the model failed on this input ({type(e).__name__}: {str(e)[:200]})') from None
                 self._seen(True)
-                self.observe('edgenb.decision.count', 1)
-                self.observe('edgenb.decision.duration', (time.perf_counter() - start)*1e3)
-                if 'score' in answer: self.observe('edgenb.decision.confidence', max(float(answer['score']), 1 - float(answer['score'])))
+                self.observe('edgenb.decision.count', 1, now.digest)
+                self.observe('edgenb.decision.duration', (time.perf_counter() - start)*1e3, now.digest)
+                if 'score' in answer: self.observe('edgenb.decision.confidence', max(float(answer['score']), 1 - float(answer['score'])), now.digest)
+                if watched and now.model.detector is not None: self._drift(now, whole['embedding'])
                 answers.append(answer)
+            self.known.add(now.digest)
         return answers, now.digest
+
+    def _drift(self, now, embedding):
+        "Hold an embedding against the reference in the bundle; a decision does not fail for it."
+        from edgenb.drift import fourier
+        detector = now.model.detector
+        try: seen = detector.update(embedding)
+        except EdgenbError: return
+        if not seen.rows: return
+        self.observe('edgenb.drift.sums', fourier(np.asarray(embedding, np.float64), detector.directions), now.digest)
+        for alarm in seen.alarms: self.observe('edgenb.drift.alarm.count', 1, now.digest); self.observe('edgenb.drift.statistic', alarm.value*1e6, now.digest)
+
+    def outcome(self, correct: bool, model: str):   # digest of the bundle that decided, as `decide` returned it
+        "Somebody has said whether a decision was right: what a rollout is judged by."
+        if model not in self.known: raise EdgenbError(f'{model[:12] or "no model"} has decided nothing here since the agent was started: send the "model" that came with the answer')
+        self.observe('edgenb.outcome.count', 1, model)
+        if not correct: self.observe('edgenb.outcome.error.count', 1, model)
 
     # -- the watch during a trial
     def fresh(self):
@@ -179,6 +199,15 @@ def _input(x):
     raise EdgenbError('an input is {"base64": …} (an image, an .npy file), {"text": …} or {"values": [[…], …]}')
 
 
+def outcome_of(body: bytes) -> tuple:   # (correct, digest of the bundle that decided)
+    "What a program says of a decision."
+    try: said = json.loads(body)
+    except (ValueError, RecursionError): said = None
+    if not isinstance(said, dict) or set(said) != {'model', 'correct'} or not isinstance(said['model'], str) or not isinstance(said['correct'], bool):
+        raise EdgenbError('the body must be {"model": the one that came with the answer, "correct": true or false}')
+    return said['correct'], said['model']
+
+
 def http_server(server: Server, port: int, status=lambda: {}) -> ThreadingHTTPServer:
     "An HTTP server on the loopback, in threads of its own once `serve_forever` runs."
     slots = threading.BoundedSemaphore(CONNECTIONS)
@@ -208,11 +237,11 @@ def http_server(server: Server, port: int, status=lambda: {}) -> ThreadingHTTPSe
             if not self.ours(): return
             if self.path == '/healthz': self.say(*((200, {'ok': True, 'model': server.digest}) if server.digest else (503, {'ok': False, 'error': server.why_nothing})))
             elif self.path == '/v1/model': self.say(200, status())
-            else: self.say(404, {'error': f'there is /healthz, /v1/model and /v1/predict, not {self.path[:100]}'})
+            else: self.say(404, {'error': f'there is /healthz, /v1/model, /v1/predict and /v1/outcome, not {self.path[:100]}'})
 
         def do_POST(self):
             if not self.ours(): return
-            if self.path != '/v1/predict': return self.say(404, {'error': f'there is /v1/predict, not {self.path[:100]}'})
+            if self.path not in ('/v1/predict', '/v1/outcome'): return self.say(404, {'error': f'there is /v1/predict and /v1/outcome, not {self.path[:100]}'})
             length = self.headers.get('Content-Length', '')
             if not length.isdigit() or 'Transfer-Encoding' in self.headers: return self.say(411, {'error': 'say Content-Length'})
             if int(length) > BODY_MAX: return self.say(413, {'error': f'at most {BODY_MAX} bytes'})
@@ -220,6 +249,9 @@ def http_server(server: Server, port: int, status=lambda: {}) -> ThreadingHTTPSe
             except OSError: self.close_connection = True; return
             if len(body) < int(length): self.close_connection = True; return
             kind = self.headers.get_content_type() if self.headers.get('Content-Type') else ''
+            if self.path == '/v1/outcome':
+                try: server.outcome(*outcome_of(body)); return self.say(200, {'ok': True})
+                except EdgenbError as e: return self.say(400, {'error': str(e)})
             try: answers, digest = server.decide(inputs_of(body, kind))
             except Busy as e: return self.say(503, {'error': str(e)}, Retry_After=1)
             except NoModel as e: return self.say(503, {'error': str(e)}, Retry_After=60)

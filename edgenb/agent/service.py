@@ -48,12 +48,12 @@ def enrol(root: Path, root_json: Path, repository: str, site: str, hardware: str
 class Agent:
     "The agent of a device, in this process."
     def __init__(self, root: str | Path | None = None,   # its folder
-                 observe=None,            # (name, value): telemetry, such as `Outbox.observe`
+                 observe=None,            # (name, value, model): telemetry, such as `Outbox.observe`
                  load=None, prove=prove,  # for tests
                  clock=time.time, steady=time.monotonic):
         self.root = place(root)
         self.device = load_device(self.root)
-        observe = observe or (lambda name, value: None)
+        observe = observe or (lambda name, value, model='': None)
         self.store = Store(self.root).open()
         self.store.lock()
         self.server = Server(load, observe)
@@ -65,6 +65,10 @@ class Agent:
         "Decide with the model that serves."
         if self.machine.state == 'START': self.machine.step()
         return self.server.predict(inputs)
+
+    def outcome(self, correct: bool, model: str = ''):   # digest of the bundle that decided; '' for the one that serves
+        "Say whether a decision was right, when somebody knows."
+        self.server.outcome(correct, model or self.server.digest)
 
     def poll(self, usb: str | Path | None = None) -> str:
         "Look at the repository once (or at a stick) and do what it asks; returns the reason in words."
@@ -132,7 +136,7 @@ def run(root: Path, port: int | None = None):
     "`edgenb agent run`: SIGTERM and SIGINT end it cleanly, SIGHUP makes it look now."
     from edgenb.fleet.reporter import Reporter, outbox_at, setup_of
     box = outbox_at(root, load_device(root).id)
-    def observe(name, value): box.set_model(agent.server.digest or None); box.observe(name, value)
+    def observe(name, value, model=''): box.set_model(agent.server.digest or None); box.observe(name, value, model or agent.server.digest or None)
     with Agent(root, observe=box and observe) as agent, contextlib.ExitStack() as beside:
         for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, lambda *a: agent.stop())
         signal.signal(signal.SIGHUP, lambda *a: agent.wake(poll=not (agent.root/'request.json').exists()))

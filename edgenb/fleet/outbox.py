@@ -159,10 +159,11 @@ class Outbox:
             with _database(self.path) as db: _prepare(db)
 
     def observe(self, name: str,   # of `edgenb.fleet.schema.METRICS`
-                value):            # a number; for the drift sums features (n, 256)
+                value,             # a number; for the drift sums features (n, 256)
+                model: str | None = ''):   # digest of the bundle that it is about; '' for the one that decides now
         "Take one observation; one that is no such number is counted and goes no further."
         if name not in METRICS: raise EdgenbError(f'telemetry has no metric of this name.{did_you_mean(str(name)[:80], METRICS)}')
-        with self._lock: added(self._totals.setdefault(self._model, {}), name, value)
+        with self._lock: added(self._totals.setdefault(self._model if model == '' else model, {}), name, value)
 
     def set_model(self, model: str | None):
         "Another bundle decides from now on; what was observed so far stays the old one's. As cheap as it looks: call it before every observation if you like."
