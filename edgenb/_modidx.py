@@ -833,6 +833,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'edgenb.fleet.outbox._early': ('fleet/outbox.html#_early', 'edgenb/fleet/outbox.py'),
                                      'edgenb.fleet.outbox._enough': ('fleet/outbox.html#_enough', 'edgenb/fleet/outbox.py'),
                                      'edgenb.fleet.outbox._get': ('fleet/outbox.html#_get', 'edgenb/fleet/outbox.py'),
+                                     'edgenb.fleet.outbox._life': ('fleet/outbox.html#_life', 'edgenb/fleet/outbox.py'),
                                      'edgenb.fleet.outbox._number': ('fleet/outbox.html#_number', 'edgenb/fleet/outbox.py'),
                                      'edgenb.fleet.outbox._post': ('fleet/outbox.html#_post', 'edgenb/fleet/outbox.py'),
                                      'edgenb.fleet.outbox._prepare': ('fleet/outbox.html#_prepare', 'edgenb/fleet/outbox.py'),

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from edgenb.core import EdgenbError
 from edgenb.fleet import alerts, feedback
 from edgenb.fleet.collector import accept, collector_key, enrol, import_folder, retire, store, take
-from edgenb.fleet.envelope import new_key, public_of, sealed_ack, signer_of
+from edgenb.fleet.envelope import ROWS, new_key, public_of, sealed_ack, signer_of, unverified
 from edgenb.fleet.outbox import Outbox, acknowledge, batch, export_files, import_acks, send
 from edgenb.fleet.schema import Refused, encode
 
@@ -234,6 +234,19 @@ def test_a_device_with_a_new_disk_is_not_taken_for_its_old_self(tmp_path):
         if (data := batch(new)[0]) is not None: acknowledge(new, take(db, data, NOW + 1200))
     assert new.waiting == 0 and sum(n for *_, n in counts(db)) == 5 + 14 and new.close(NOW + 1300)['boot'] == 1
 
+def test_a_stick_from_before_the_disk_was_replaced_makes_no_row_count_twice(tmp_path):
+    db, key, told = enrolled(tmp_path)
+    def box(name): return Outbox(tmp_path/name, told['id'], key, told['collector'])
+    def decides(box): box.observe('edgenb.decision.count', 1); box.close(NOW)
+    old, new = box('old.db'), box('new.db')
+    decides(old); export_files(old, tmp_path/'stick'); acknowledge(old, take(db, batch(old)[0], NOW))
+    decides(new)
+    acknowledge(new, take(db, batch(new)[0], NOW)); acknowledge(new, take(db, batch(new)[0], NOW))     # these keys are used; then with others
+    decides(new); take(db, batch(new)[0], NOW)                                                          # committed, and the answer is lost
+    import_folder(db, tmp_path/'stick', NOW); import_acks(new, tmp_path/'stick')                        # the old stick turns up
+    acknowledge(new, take(db, batch(new)[0], NOW))
+    assert new.waiting == 0 and sum(n for *_, n in counts(db)) == 3
+
 def certificate(folder):
     "A certificate for this machine, signed by itself."
     from cryptography import x509
@@ -268,8 +281,8 @@ def test_nobody_but_its_collector_makes_a_device_forget(tmp_path):
     row = box.close(NOW)
     sha, stranger = hashlib.sha256(encode(row)).hexdigest(), tmp_path/'stranger.key'
     new_key(stranger)
-    other = enrol(db, 'cd'*32, 'plant-1', 'orin')['id']
-    for forged in (sealed_ack(told['id'], (0, 0), sha, 0, signer_of(stranger)), sealed_ack(other, (0, 0), sha, 0, signer_of(collector_key(db))), b'', b'{}', batch(box)[0]):
+    other, life = enrol(db, 'cd'*32, 'plant-1', 'orin')['id'], unverified(batch(box)[0], ROWS)[1]['life']
+    for forged in (sealed_ack(told['id'], life, (0, 0), sha, 0, signer_of(stranger)), sealed_ack(other, life, (0, 0), sha, 0, signer_of(collector_key(db))), b'', b'{}', batch(box)[0]):
         with pytest.raises(Refused): acknowledge(box, forged)
     assert box.waiting == 1
 
@@ -304,6 +317,32 @@ def test_histograms_are_never_of_few_decisions(tmp_path):
     assert shown == [21]*4         # 7 intervals of 3 together; what is left waits
     box.set_model('ab'*32)
     assert 'edgenb.decision.confidence' not in box.close(NOW + 1860)['metrics']     # six of the old model are not told as the new one's
+
+def many_files(tmp_path, monkeypatch, rows=12):
+    "A stick with a file a row."
+    monkeypatch.setattr('edgenb.fleet.outbox.FULL', 1)
+    db, key, told = enrolled(tmp_path)
+    box = Outbox(tmp_path/'outbox.db', told['id'], key, told['collector'])
+    for n in range(rows): box.observe('edgenb.decision.count', 1); box.close(NOW + 60*n)
+    return db, box, export_files(box, tmp_path/'stick')
+
+def test_a_stick_with_more_than_ten_files_is_taken_in_order(tmp_path, monkeypatch):
+    db, box, files = many_files(tmp_path, monkeypatch)
+    assert len(files) == 12 and import_folder(db, tmp_path/'stick', NOW + 900)['files'] == 12
+    assert import_acks(box, tmp_path/'stick') == 12 and len(counts(db)) == 12
+
+@pytest.mark.parametrize('what', ['missing', 'damaged', 'over the budget'])
+def test_rows_that_did_not_arrive_are_never_acknowledged_by_a_later_file(tmp_path, monkeypatch, what):
+    db, box, files = many_files(tmp_path, monkeypatch, 6)
+    data = files[2].read_bytes()
+    if what == 'missing': files[2].unlink()
+    elif what == 'damaged': files[2].write_bytes(data[:-5])
+    else:
+        monkeypatch.setattr('edgenb.fleet.collector.capacity', lambda row, models: 1e12 if row['seq'] == 2 else 1.0)
+    told = import_folder(db, tmp_path/'stick', NOW + 900)
+    assert told['refused']['gap'] == 3 and import_acks(box, tmp_path/'stick') == 2 and box.waiting == 4
+    monkeypatch.undo()
+    assert acknowledge(box, take(db, batch(box)[0], NOW + 900))['gone'] == 4 and len(counts(db)) == 6     # and nothing is lost
 
 # ---------------------------------------------------------------- alerts
 

@@ -99,11 +99,12 @@ def _known(path, data):
     if found is None: raise Refused('device')
     return found[0], opened(data, ROWS, found[1])
 
-def _insert(db, id, life, rows, models, minute, budget):
+def _insert(db, id, life, after, rows, models, minute, budget):
     "Rows beyond the mark, as far as the budget goes; (mark, digest of its row, seconds to wait)."
     known, boot, seq, sha, level, spent = db.execute('SELECT life, boot, seq, sha, bits, spent FROM devices WHERE id = ?', (id,)).fetchone()
     mark, wait, rate = (boot, seq) if boot is not None else None, 0, budget*8/86_400
     if known not in (None, life) and mark is not None and rows and rows[0]['boot'] <= boot: return mark, None, 0   # its disk was replaced: these keys are used
+    if after is not None and (mark is None or mark < tuple(after)): raise Refused('gap')   # a mark beyond them would make the device delete what is missing
     level = min(SAVED*budget*8, level + max(0, minute - spent)*60*rate)
     for row in rows:
         if mark is not None and (row['boot'], row['seq']) <= mark: continue
@@ -130,15 +131,15 @@ def take(path: str | Path,            # of the store
         with store(path, write=True) as db:
             models = dict(db.execute('SELECT digest, id FROM models'))
             if any(r['model'] is not None and r['model'] not in models for r in rows): raise Refused('model')
-            mark, sha, wait = _insert(db, id, value['life'], rows, models, minute, budget)
+            mark, sha, wait = _insert(db, id, value['life'], value['after'], rows, models, minute, budget)
     except Refused as e:
         with store(path, write=True, durable=False) as db: db.execute('INSERT INTO refused VALUES (?, ?, 1, ?) ON CONFLICT DO UPDATE SET times = times + 1, last = excluded.last', (id, e.reason, minute))
         raise
-    return sealed_ack(value['device'], mark, sha, wait, signer_of(collector_key(path)))
+    return sealed_ack(value['device'], value['life'], mark, sha, wait, signer_of(collector_key(path)))
 
 # %% ../../nbs/fleet/collector.ipynb #460bffea
 SECONDS, AT_ONCE = 30, 64   # for a request; connections at a time
-STATUS = {'size': 413, 'device': 403, 'signature': 403, 'model': 409}   # 400 for the rest
+STATUS = {'size': 413, 'device': 403, 'signature': 403, 'model': 409, 'gap': 409}   # 400 for the rest
 
 def _handler(path, budget):
     gate = threading.BoundedSemaphore(AT_ONCE)
@@ -198,7 +199,7 @@ def import_folder(path: str | Path,       # of the store
                   minute: int | None = None, budget: int = BUDGET
                  ) -> dict:               # {'files', 'refused': {reason: files}}
     "Take the envelopes on a stick, and leave the acknowledgements there."
-    told, found = {'files': 0, 'refused': {}}, sorted(Path(folder).glob('*.rows.json'))
+    told, found = {'files': 0, 'refused': {}}, sorted(Path(folder).glob('*.rows.json'), key=lambda p: (len(p.name), p.name))   # 2 before 10
     if not found: raise EdgenbError(f'collect: there is no telemetry in {folder}: the device writes files that end in .rows.json')
     for file in found:
         try:

@@ -265,6 +265,8 @@ class Outbox:
 # %% ../../nbs/fleet/outbox.ipynb #beb6675b
 FULL = MOST*5//8   # bytes of rows in an envelope, which base64 makes longer by a third
 
+def _life(db) -> str: return f"{int(_get(db, 'life', 0)):08x}"
+
 def batch(box: Outbox, after: tuple = (-1, -1)   # (boot, seq): rows after this one
          ) -> tuple:                             # (envelope or None, key of the last row in it)
     "The oldest rows as a signed envelope. From now on they may have arrived."
@@ -276,8 +278,8 @@ def batch(box: Outbox, after: tuple = (-1, -1)   # (boot, seq): rows after this 
         if not rows: return None, after
         last = rows[-1]['boot'], rows[-1]['seq']
         db.execute('UPDATE rows SET handed_out = 1 WHERE (boot, seq) > (?, ?) AND (boot, seq) <= (?, ?) AND NOT handed_out', (*after, *last))
-        life = f"{int(_get(db, 'life', 0)):08x}"
-    return sealed_rows(box.device, life, rows, box._signer), last
+        life = _life(db)
+    return sealed_rows(box.device, life, rows, box._signer, None if after == (-1, -1) else after), last
 
 def acknowledge(box: Outbox, data: bytes   # what the collector answered
                ) -> dict:                  # {'gone': rows deleted, 'wait': seconds}
@@ -285,6 +287,7 @@ def acknowledge(box: Outbox, data: bytes   # what the collector answered
     ack = opened_ack(data, box.device, box.collector)
     mark = ack['boot'], ack['seq']
     with box._disk, _database(box.path) as db:
+        if ack['life'] != _life(db): return {'gone': 0, 'wait': 0}   # of a stick that was written before the disk was replaced
         if mark == (None, None): return {'gone': 0, 'wait': ack['wait']}
         mine = db.execute('SELECT row FROM rows WHERE boot = ? AND seq = ?', mark).fetchone()
         newest = int(_get(db, 'boot', -1)), int(_get(db, 'seq', -1))
