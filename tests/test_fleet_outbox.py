@@ -403,7 +403,7 @@ def test_what_is_kept_can_be_read_with_the_organisations_key_alone(tmp_path):
     feedback.consent(box, 'A. Berg', ['corrections', 'uncertain'], 30, public, WHEN)
     case(box, tmp_path); case(box, tmp_path, data=b'unsure', label=None, who='')
     for p in box.iterdir(): assert p.name == 'consent.json' or not any(word in p.read_bytes() for word in (b'scratch', b'Oduya', b'unsure'))
-    assert feedback.export(box, tmp_path/'stick') == 2
+    assert feedback.export(box, tmp_path/'stick', WHEN) == 2
     other, _ = feedback.keygen(tmp_path/'other', 'five random words here')
     assert feedback.import_cases(tmp_path/'stick', tmp_path/'a', other, 'five random words here', {'5f'*16: key})['refused'] == {'it was encrypted to another key': 2}
     told = feedback.import_cases(tmp_path/'stick', tmp_path/'home', private, 'five random words here', {'5f'*16: key})
@@ -416,7 +416,7 @@ def test_a_case_that_was_changed_on_the_way_is_refused_and_the_others_count(tmp_
     key, (private, public), box = new_key(tmp_path/'device.key'), organisation(tmp_path), tmp_path/'box'
     feedback.consent(box, 'A. Berg', ['corrections'], 30, public, WHEN)
     for n in range(3): case(box, tmp_path, data=b'die %d' % n)
-    feedback.export(box, tmp_path/'stick')
+    feedback.export(box, tmp_path/'stick', WHEN)
     a, b, _ = sorted((tmp_path/'stick').glob('*.case'))
     data = a.read_bytes()
     if damage == 'gone': a.unlink()
