@@ -359,6 +359,13 @@ def test_drift_alarms_beyond_chance_are_as_rare_as_was_permitted(devices):
     false = (rng.poisson(1/30, (days, devices)) >= alerts.alarms_beyond_chance(devices)).sum()
     assert false/days*30 <= 1 + 3*np.sqrt(30/days)
 
+@pytest.mark.parametrize('devices', [29, 340, 2500, 5000])
+def test_drift_alarms_are_as_rare_as_was_permitted_however_often_one_looks(devices):
+    at, k = np.cumsum(np.random.default_rng(4).exponential(30, 500_000)), alerts.alarms_beyond_chance(devices)     # days: 41,000 years of one device
+    complete = at[k - 1:][at[k - 1:] - at[:len(at) - k + 1] < 1]           # within any day, not only from midnight to midnight
+    opened = 1 + (np.diff(complete) > 1.1).sum() if len(complete) else 0
+    assert opened/at[-1]*30*devices <= 1.1
+
 def test_an_alert_does_not_flap():
     rng, open_, opened = np.random.default_rng(0), {}, 0
     for minute in range(0, 6000, 5):

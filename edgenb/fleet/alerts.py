@@ -106,7 +106,7 @@ def alarms_beyond_chance(devices: int, limits: Limits = Limits()) -> int:
     "Drift alarms in a day that one of so many devices has by chance only as often as is permitted."
     rate, level = limits.drift_alarms_per_month/DAYS, limits.false_alarms_per_month/(DAYS*max(1, devices))
     k, term, below = 0, math.exp(-rate), math.exp(-rate)
-    while 1 - below > level and k < 1000: k += 1; term *= rate/k; below += term
+    while (k + 1)*(1 - below) > level and k < 1000: k += 1; term *= rate/k; below += term   # times k + 1: the day that is looked at moves, and each alarm may be the one that completes it
     return k + 1
 
 # %% ../../nbs/fleet/alerts.ipynb #561943be
