@@ -762,7 +762,7 @@ def command_collect_devices(args: argparse.Namespace):
     "print the devices' public keys, which feedback is checked against"
     import json
     from edgenb.fleet.collector import store
-    with store(args.db) as db: print(json.dumps(dict(db.execute('SELECT device, public FROM devices')), indent=1))
+    with store(args.db) as db: print(json.dumps(dict(db.execute('SELECT device, public FROM devices WHERE retired IS NULL')), indent=1))
 
 @command(DB, group='collect')
 def command_collect_key(args: argparse.Namespace):

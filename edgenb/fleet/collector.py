@@ -8,7 +8,7 @@ __all__ = ['TABLES', 'SECONDS', 'AT_ONCE', 'STATUS', 'GROUPS', 'ADDED', 'JUDGED'
            'evidence']
 
 # %% ../../nbs/fleet/collector.ipynb #128d5290
-import hashlib, json, secrets, sqlite3, threading, time
+import hashlib, json, secrets, socket, sqlite3, threading, time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,7 +43,8 @@ def store(path: str | Path,       # of the SQLite file
     try:
         with file_errors(path), closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as db:
             db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            if new: path.chmod(0o600); db.execute('PRAGMA journal_mode=WAL'); db.executescript(TABLES)
+            if new: path.chmod(0o600)
+            if make: db.execute('PRAGMA journal_mode=WAL'); db.executescript(TABLES)   # also after a crash between the file and its tables
             if write: db.execute('BEGIN IMMEDIATE')
             try: yield db
             except BaseException:
@@ -57,7 +58,11 @@ def now_minute() -> int: return int(time.time()//60)
 def collector_key(path: str | Path) -> Path:
     "The file of the key that signs acknowledgements, beside the database; made when it is first needed."
     key = Path(f'{path}.key')
-    if not key.exists(): new_key(key)
+    if key.exists(): return key
+    if Path(path).exists():
+        with store(path, make=True) as db: enrolled = db.execute('SELECT count(*) FROM devices').fetchone()[0]
+        if enrolled: raise EdgenbError(f'{key} is missing: the {enrolled} devices of {path} believe this key and no other. Restore it from the backup; without it move the database away and enrol the devices anew')
+    new_key(key)
     return key
 
 def enrol(path: str | Path,
@@ -138,7 +143,7 @@ def take(path: str | Path,            # of the store
     return sealed_ack(value['device'], value['life'], mark, sha, wait, signer_of(collector_key(path)))
 
 # %% ../../nbs/fleet/collector.ipynb #460bffea
-SECONDS, AT_ONCE = 30, 64   # for a request; connections at a time
+SECONDS, AT_ONCE = 30, 64   # for a pause and for the body, twice as long for the whole request; connections at a time
 STATUS = {'size': 413, 'device': 403, 'signature': 403, 'model': 409, 'gap': 409}   # 400 for the rest
 
 def _handler(path, budget):
@@ -147,9 +152,13 @@ def _handler(path, budget):
         server_version, sys_version, timeout = 'edgenb', '', SECONDS
         def handle(self):
             if not gate.acquire(blocking=False): return
+            late = threading.Timer(2*SECONDS, self._hang_up); late.daemon = True; late.start()   # a header a minute would hold a connection for days
             try: super().handle()
-            except OSError: pass        # the other side left, or was too slow
-            finally: gate.release()
+            except (OSError, ValueError): pass        # the other side left, or was too slow
+            finally: late.cancel(); gate.release()
+        def _hang_up(self):
+            try: self.connection.shutdown(socket.SHUT_RDWR)
+            except OSError: pass
         def log_message(self, *args): pass   # nothing of what strangers send is written anywhere
         def answer(self, status, body=b''):
             self.send_response_only(status)
