@@ -54,6 +54,21 @@ def test_cases_of_a_stolen_device_are_not_believed(tmp_path, capsys):
     retire(db, told['id'])
     assert main(['collect', 'devices', '--db', str(db)]) == 0 and list(json.loads(capsys.readouterr().out)) == [other]
 
+def test_a_model_that_is_rolled_out_again_is_one_that_may_run(tmp_path):
+    from edgenb.fleet import alerts
+    db, told, box = device_of(tmp_path)
+    for n, model in enumerate(('aa'*32, 'bb'*32, 'cc'*32, 'aa'*32)): accept(db, model, minute=NOW + n)
+    box.set_model('aa'*32); box.close(NOW); take(db, batch(box)[0], NOW)
+    assert [a for a in alerts.look(db, NOW + 10) if a.kind == 'off-version'] == []
+
+def test_what_cannot_be_read_on_a_stick_does_not_keep_the_rest(tmp_path, monkeypatch):
+    import os
+    from edgenb.fleet.outbox import export_files
+    db, told, box = device_of(tmp_path); box.close(NOW); stick = tmp_path/'stick'
+    export_files(box, stick)
+    (stick/'a.rows.json').mkdir(); os.mkfifo(stick/'b.rows.json'); (stick/'c.rows.json').symlink_to('/proc/self/mem')
+    assert collector.import_folder(db, stick, NOW) == {'files': 1, 'refused': {'unreadable': 1}}
+
 value = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.text(max_size=6), lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from([*METRICS, 'at', 'boot', 'rows', 'device']), v, max_size=3), max_leaves=8)
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

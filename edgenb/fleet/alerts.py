@@ -24,7 +24,7 @@ class Limits:
     hot: tuple = (85, 78)                   # Celsius
     disk_gb: tuple = (1.0, 1.5)             # free
     slower: tuple = (2.0, 1.5)              # times its own 99th percentile of the week before
-    crashes: tuple = (4, 2)                 # crashes and starts in a day
+    crashes: tuple = (4, 2)                 # crashes or starts in a day
     drift_alarms_per_month: float = 1.0     # that the detector promises for one device
     false_alarms_per_month: float = 1.0     # of the whole fleet, for each of `drifting` and `different`
     calm_minutes: int = 60                  # that a matter must be over before it closes
@@ -129,8 +129,8 @@ def _of_a_device(d, day, week, last, minute, limits, ring, models):
     if not day: return
     if (hot := day['edgenb.device.temperature']) is not None: yield 'hot', held_against(last['metrics'].get('edgenb.device.temperature', hot), limits.hot), f"it is at {last['metrics'].get('edgenb.device.temperature', hot)} °C, {hot} °C at most today" + (f", slowed down {day['edgenb.device.throttled']} % of the time" if day['edgenb.device.throttled'] else '')
     if (free := last['metrics'].get('edgenb.device.disk.free')) is not None: yield 'low-disk', held_against(free/2**30, limits.disk_gb), f'{free/2**30:.2g} GB of its disk are free'
-    fell = (day['edgenb.process.crash.count'] or 0) + (day['edgenb.process.restart.count'] or 0)
-    yield 'crash-loop', held_against(fell, limits.crashes), f'{fell} crashes and starts in a day'
+    fell = max(day['edgenb.process.crash.count'] or 0, day['edgenb.process.restart.count'] or 0)   # a crash is followed by a start
+    yield 'crash-loop', held_against(fell, limits.crashes), f'{fell} crashes or starts in a day'
     rang = day['edgenb.drift.alarm.count'] or 0
     yield 'drifting', held_against(rang, (ring, max(1, ring - 1))), f'its drift detector rang {rang} times in a day; by chance {ring - 1} or fewer'
     now, before = (np.array((f or {}).get('edgenb.decision.duration') or [0]) for f in (day, week))
@@ -196,7 +196,7 @@ def look(path: str | Path,                # of the collector's store
     minute = now_minute() if minute is None else minute
     with store(path, write=True) as db:
         db.execute(OPEN)
-        models = list(models) or [m for m, in db.execute('SELECT digest FROM models ORDER BY id DESC LIMIT 2')]
+        models = list(models) or [m for m, in db.execute('SELECT digest FROM models ORDER BY accepted DESC, id DESC LIMIT 2')]
         held = {(d, k): (s, h, w) for d, k, s, h, w in db.execute('SELECT device, kind, since, held, words FROM alerts WHERE closed IS NULL')}
         now, over = turned(held, findings(db, minute, models, limits), minute, limits.calm_minutes)
         db.executemany('INSERT INTO alerts (device, kind, since, held, words) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET held = excluded.held, words = excluded.words', [(*k, *v) for k, v in now.items()])

@@ -91,9 +91,9 @@ def retire(path: str | Path, device: str, minute: int | None = None):
 
 def accept(path: str | Path, digest: str,   # of a bundle
            name: str = '', minute: int | None = None):
-    "From now on telemetry of this model is taken."
+    "From now on telemetry of this model is taken; said again, it counts as accepted last."
     if not is_hex(digest, 64): raise EdgenbError('accept: a model is named by the 64 hex digits of its bundle\'s digest, or by the folder of the bundle')
-    with store(path, write=True, make=True) as db: db.execute('INSERT OR IGNORE INTO models (digest, name, accepted) VALUES (?, ?, ?)', (digest, name, now_minute() if minute is None else minute))
+    with store(path, write=True, make=True) as db: db.execute('INSERT INTO models (digest, name, accepted) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET accepted = excluded.accepted', (digest, name, now_minute() if minute is None else minute))
 
 # %% ../../nbs/fleet/collector.ipynb #3b2780b5
 def _known(path, data):
@@ -208,12 +208,14 @@ def import_folder(path: str | Path,       # of the store
                   minute: int | None = None, budget: int = BUDGET
                  ) -> dict:               # {'files', 'refused': {reason: files}}
     "Take the envelopes on a stick, and leave the acknowledgements there."
-    told, found = {'files': 0, 'refused': {}}, sorted(Path(folder).glob('*.rows.json'), key=lambda p: (len(p.name), p.name))   # 2 before 10
+    told, found = {'files': 0, 'refused': {}}, sorted((p for p in Path(folder).glob('*.rows.json') if p.is_file()), key=lambda p: (len(p.name), p.name))   # 2 before 10
     if not found: raise EdgenbError(f'collect: there is no telemetry in {folder}: the device writes files that end in .rows.json')
     for file in found:
         try:
             with open(file, 'rb') as f: ack = take(path, data := f.read(MOST + 1), minute, budget)
-        except Refused as e: told['refused'][e.reason] = told['refused'].get(e.reason, 0) + 1; continue
+        except (Refused, OSError) as e:   # one that cannot be read does not keep the others
+            why = e.reason if isinstance(e, Refused) else 'unreadable'
+            told['refused'][why] = told['refused'].get(why, 0) + 1; continue
         write_atomic(Path(folder)/f'{unverified(data, ROWS)[1]["device"]}.ack.json', ack)   # the device is known and hex by now
         told['files'] += 1
     return told
@@ -266,7 +268,7 @@ def percentile(counts,             # of bins: `len(edges) + 1`
 def newest(db: sqlite3.Connection) -> dict:   # device -> {'site', 'at', 'received', 'model', 'metrics', 'clock'}
     "The last row of every device."
     return {d: {'site': site, 'at': at, 'received': received, 'model': model, 'clock': bool(clock), 'metrics': json.loads(metrics)} for d, site, at, received, model, clock, metrics, _ in db.execute(
-        'SELECT d.device, d.site, r.at, r.received, m.digest, r.clock, r.metrics, max(r.id) FROM rows r JOIN devices d ON d.id = r.device LEFT JOIN models m ON m.id = r.model GROUP BY r.device')}
+        'SELECT d.device, d.site, r.at, r.received, m.digest, r.clock, r.metrics, r.id FROM rows r JOIN devices d ON d.id = r.device LEFT JOIN models m ON m.id = r.model WHERE r.id IN (SELECT max(id) FROM rows GROUP BY device)')}
 
 # %% ../../nbs/fleet/collector.ipynb #65a5036f
 ADDED = [n for n, m in METRICS.items() if m.kind != 'sums' and m.merge != 'last']
