@@ -728,10 +728,10 @@ def command_collect_mqtt(args: argparse.Namespace):
 @command(argument('folders', nargs='+', metavar='FOLDER', help='a stick, or a folder of such'), DB, group='collect')
 def command_collect_import(args: argparse.Namespace):
     "take rows from sticks, and leave the acknowledgements there"
-    from edgenb.fleet.collector import import_folder
+    from edgenb.fleet.collector import REASONS, import_folder
     for folder in args.folders:
         told = import_folder(args.db, folder)
-        print(f"{folder}: {told['files']} files taken, acknowledged there" + ''.join(f'; {n} refused: {r}' for r, n in told['refused'].items()))
+        print(f"{folder}: {told['files']} files taken, acknowledged there" + ''.join(f'; {n} refused: {REASONS.get(r, r)}' for r, n in told['refused'].items()))
 
 @command(DB, argument('--public', required=True, metavar='HEX', help="the device's public key, as edgenb agent telemetry prints it"), argument('--site', required=True, help='where it stands'),
          argument('--hardware', required=True, help='what it is'), argument('--id', default='', metavar='HEX', help='32 hex digits that it has already (default: drawn)'), group='collect')

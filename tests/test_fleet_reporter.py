@@ -1,14 +1,12 @@
 """Telemetry never stands in the way of decisions; what it says of the machine survives clocks that jump and files that are damaged."""
-import datetime, functools, json, os, signal, subprocess, sys
-from pathlib import Path
+import datetime, functools, json, signal, subprocess, sys, time
 import numpy as np
 import pytest
 from edgenb.agent import service
-from edgenb.agent.storage import load_device
 from edgenb.core import EdgenbError
 from edgenb.fleet.collector import collector_key, enrol
-from edgenb.fleet.envelope import new_key, public_of
-from edgenb.fleet.outbox import ALIKE, Damaged, Outbox, Sent
+from edgenb.fleet.envelope import public_of
+from edgenb.fleet.outbox import ALIKE, Sent
 from edgenb.fleet.reporter import Reporter, by_stick, configure, outbox_at, public_key, setup_of
 from edgenb.fleet.schema import FEATURES
 
@@ -129,6 +127,15 @@ def test_a_process_that_was_killed_is_a_crash_of_the_model_that_decided(tmp_path
     root = device_at(tmp_path)
     runs(root, 'ab'*32, 'well'); runs(root, 'ab'*32, 'killed'); runs(root, 'cd'*32, 'killed'); runs(root, 'ab'*32, 'well'); runs(root, 'ab'*32, 'well')
     assert crashes(root) == {'ab'*32: 1, 'cd'*32: 1}
+
+def test_a_crash_soon_after_a_switch_is_the_new_models(tmp_path):
+    root, agent = device_at(tmp_path), {'model': 'ab'*32}
+    r = Reporter(outbox_at(root, '5f'*16), root, setup_of(root), lambda: agent).start()
+    agent['model'] = 'cd'*32
+    until = time.monotonic() + 10
+    while json.loads((root/'telemetry.running').read_text())['model'] != 'cd'*32 and time.monotonic() < until: time.sleep(0.1)
+    r.stop(well=False)
+    assert json.loads((root/'telemetry.running').read_text())['model'] == 'cd'*32
 
 def test_a_loss_of_power_is_no_crash(tmp_path):
     root = device_at(tmp_path)

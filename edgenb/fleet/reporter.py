@@ -95,8 +95,8 @@ class Reporter:
         self.box, self.root, self.setup, self.status, self.clock, self.steady, self.log = box, Path(root), setup, status, clock, steady, log
         self.began, self.closed, self.next_send, self.stopping = steady(), clock(), 0.0, threading.Event()   # what is measured from `began` and waited for until `next_send` does not follow a clock that is set
         if 'model' in (told := status()): box.set_model(told['model'])
-        self._running, self._told = self.root/'telemetry.running', None
-        if (last := _json(self._running)).get('machine') == (now := _this_start()) and now: self._crashed(last.get('model'))
+        self._running, self._machine, self._told = self.root/'telemetry.running', _this_start(), None
+        if self._machine and (last := _json(self._running)).get('machine') == self._machine: self._crashed(last.get('model'))
         self._mark()
 
     def _crashed(self, model):
@@ -107,9 +107,9 @@ class Reporter:
 
     def _mark(self):
         "Leave word that this process runs and which model decides: if it is there at the next start, and the machine has not been started anew meanwhile, the process crashed or was killed."
-        told = {'machine': _this_start(), 'model': self.box.model}
-        if told == self._told: return
-        write_json(self._running, told); self._told = told
+        if (told := {'machine': self._machine, 'model': self.box.model}) == self._told: return
+        try: write_json(self._running, told); self._told = told
+        except EdgenbError as e: self.log(f'telemetry: {e}')   # a full disk: tried again
 
     def tick(self):
         "Look once; called every half minute."
@@ -133,7 +133,10 @@ class Reporter:
 
     def run(self, every: float = 30.0):   # seconds
         "Until `stop`; then the last row is closed."
-        while not self.stopping.wait(every): self.look()
+        due = self.steady() + every
+        while not self.stopping.wait(min(every, 2.0)):
+            self.box.set_model(self.status().get('model', self.box.model)); self._mark()   # soon: a model that is bad may fell the process before the next look
+            if self.steady() >= due: self.look(); due = self.steady() + every
         try: self.box.set_model(self.status().get('model')); self.box.close(int(self.clock()//60))
         except EdgenbError as e: self.log(f'telemetry: {e}')
 
