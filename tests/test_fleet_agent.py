@@ -607,12 +607,12 @@ class AgentMachine(RuleBasedStateMachine):
         if hasattr(self, 'folder'): self.folder.cleanup()
 
     def start(self):
-        self.m = machine_of(self.here/'device', self.plant, self.clock, disk=self.disk)
-        real = self.m._source
-        def source(deadline):
-            if not self.network: raise Unreachable('the line is dead')
-            return real(deadline)
-        self.m._source = source
+        world = self
+        class Line(FolderSource):
+            def pieces(self, url, offset):
+                if not world.network: raise Unreachable('the line is dead')
+                return super().pieces(url, offset)
+        self.m = machine_of(self.here/'device', self.plant, self.clock, disk=self.disk, source=Line(self.plant.path))
 
     def ask(self, release, replaces, state):
         self.number += 1
