@@ -1071,6 +1071,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'edgenb.fleet.stick._copy_release': ('fleet/stick.html#_copy_release', 'edgenb/fleet/stick.py'),
                                     'edgenb.fleet.stick._export': ('fleet/stick.html#_export', 'edgenb/fleet/stick.py'),
                                     'edgenb.fleet.stick._named': ('fleet/stick.html#_named', 'edgenb/fleet/stick.py'),
+                                    'edgenb.fleet.stick._vouched': ('fleet/stick.html#_vouched', 'edgenb/fleet/stick.py'),
+                                    'edgenb.fleet.stick.describe_export': ('fleet/stick.html#describe_export', 'edgenb/fleet/stick.py'),
                                     'edgenb.fleet.stick.export_usb': ('fleet/stick.html#export_usb', 'edgenb/fleet/stick.py'),
                                     'edgenb.fleet.stick.sign_export': ('fleet/stick.html#sign_export', 'edgenb/fleet/stick.py')},
             'edgenb.fleet.upkeep': { 'edgenb.fleet.upkeep.Finding': ('fleet/upkeep.html#finding', 'edgenb/fleet/upkeep.py'),

@@ -321,14 +321,14 @@ def command_keys_sign(args: argparse.Namespace):
     from edgenb.core import EdgenbError
     from edgenb.fleet.keys import sign_bundle
     from edgenb.fleet.repository import describe_staged, key_name, sign_staged
-    from edgenb.fleet.stick import sign_export
+    from edgenb.fleet.stick import describe_export, sign_export
     from edgenb.ship import check_bundle
     path, signers = Path(args.path), _signers(args)
     if not signers: raise EdgenbError('no private key is at hand: name a folder with --keys')
     if (path/'manifest.json').is_file():
         if not (signers := [s for s in signers if key_name(s.public_key).startswith('models-')]): raise EdgenbError('a bundle is signed by a models key, and none is at hand: name a folder that holds one with --keys')
         lines = [f"bundle {(m := check_bundle(path))['name']}, {m['digest']}"]
-    elif (path/'metadata/timestamp.json').is_file(): lines = [f'the USB stick {path}']
+    elif (path/'metadata/timestamp.json').is_file(): lines = describe_export(path)
     else: lines = describe_staged(path, signers)
     print(*lines or ['nothing here is for these keys to sign'], sep='\n')
     if not lines: return 1

@@ -1,5 +1,5 @@
 """The agent as a program: enrolled, asked once, or running; and in the program of a user, `Agent`. Written by hand, not exported."""
-import contextlib, datetime, json, os, re, secrets, signal, threading, time
+import contextlib, json, os, re, secrets, signal, sys, threading, time
 from pathlib import Path
 from edgenb.core import EdgenbError, json_text
 from edgenb.fleet.windows import days_of, minute_of
@@ -57,6 +57,7 @@ class Agent:
         self.store = Store(self.root).open()
         self.store.lock()
         self.server = Server(load, observe)
+        with contextlib.suppress(OSError): self.server.known |= {h.digest for h in self.store.load().slots.values() if h.good}   # labels come late, also for what decided before a restart
         self.stopping, self.woken = threading.Event(), threading.Event()
         self.machine = Machine(self.store, self.device, (self.root/'root.json').read_bytes(), self.server, prove, clock=clock, steady=steady, stopped=self.stopping.is_set, observe=observe)
         self.http = None
@@ -103,12 +104,13 @@ class Agent:
         if not path.exists() or self.machine.state not in ('IDLE', 'BACK_OFF', 'TRIAL'): return
         try: want = json.loads(path.read_bytes())
         except (OSError, ValueError): want = {}
+        if self.machine.state == 'TRIAL' and want.get('do') == 'poll': return   # a stick is read when the trial is over
         with contextlib.suppress(OSError): path.unlink()
         try:
             if want.get('do') == 'rollback': self.machine.roll_back_by_hand()
             elif want.get('do') == 'poll' and want.get('usb'): self.poll(want['usb'])
             elif want.get('do') == 'poll': self.machine.poll()
-        except EdgenbError as e: self.machine.why = told(e); self.machine.tell()
+        except Exception as e: self.machine.why = told(e); self.machine.tell()   # a full disk, a model that does not load: what serves goes on
 
     def wake(self, poll: bool = False):
         if poll: self.machine.poll()
@@ -135,7 +137,8 @@ class Agent:
 def run(root: Path, port: int | None = None):
     "`edgenb agent run`: SIGTERM and SIGINT end it cleanly, SIGHUP makes it look now."
     from edgenb.fleet.reporter import Reporter, outbox_at, setup_of
-    box = outbox_at(root, load_device(root).id)
+    try: box = outbox_at(root, load_device(root).id)
+    except EdgenbError as e: box = None; print(f'edgenb agent: no telemetry: {e}', file=sys.stderr, flush=True)   # the model serves without
     def observe(name, value, model=''): box.set_model(agent.server.digest or None); box.observe(name, value, model or agent.server.digest or None)
     with Agent(root, observe=box and observe) as agent, contextlib.ExitStack() as beside:
         for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, lambda *a: agent.stop())
@@ -156,8 +159,10 @@ def hand_over(root: Path, request: dict) -> int | None:   # the process
     "Ask the agent that runs in `root`; None if none does."
     store = Store(root)
     if (owner := store.owner()) is None: return None
-    store.put(store.root/'request.json', json_text(request))
-    os.kill(owner, signal.SIGHUP)
+    try:
+        store.put(store.root/'request.json', json_text(request))
+        os.kill(owner, signal.SIGHUP)
+    except PermissionError: raise EdgenbError(f'{root} belongs to another user: run this as the user who runs the agent (process {owner})') from None
     return owner
 
 
