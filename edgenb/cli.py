@@ -689,7 +689,7 @@ def command_agent_telemetry(args: argparse.Namespace):
     device = load_device(root)
     if args.collector: configure(root, args.collector, args.url, args.minutes)
     print(public_key(root))
-    print(f"reports {f'to {args.url}' if args.url else 'by stick'} from the next start of the agent on" if args.collector else f'let it in: edgenb collect enrol --db FILE --public {public_key(root)} --id {device.id} --site {device.site} --hardware {device.hardware}')
+    print(f"reports {f'to {args.url.rpartition(chr(64))[2]}' if args.url else 'by stick'} from the next start of the agent on" if args.collector else f'let it in: edgenb collect enrol --db FILE --public {public_key(root)} --id {device.id} --site {device.site} --hardware {device.hardware}')
 
 @command(argument('stick', metavar='FOLDER', help='of the stick'), AGENT, group='agent')
 def command_agent_export_telemetry(args: argparse.Namespace):

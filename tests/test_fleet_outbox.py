@@ -366,6 +366,19 @@ def test_drift_alarms_are_as_rare_as_was_permitted_however_often_one_looks(devic
     opened = 1 + (np.diff(complete) > 1.1).sum() if len(complete) else 0
     assert opened/at[-1]*30*devices <= 1.1
 
+def test_labels_for_the_model_before_do_not_make_a_device_look_idle(tmp_path):
+    db, day = tmp_path/'fleet.db', NOW//1440*1440
+    ids = [enrol(db, f'{i:064x}', 'plant-1', 'orin', minute=day)['id'] for i in range(12)]
+    rng = np.random.default_rng(0)
+    with store(db, write=True) as d:
+        for i in range(12):
+            for hour in range(24):
+                row = {'edgenb.decision.count': int(rng.integers(95, 106)), 'edgenb.interval.duration': 60, 'edgenb.telemetry.queue': 0}
+                for n, m in enumerate([{'edgenb.interval.duration': 60, 'edgenb.outcome.count': 5}]*(i == 3) + [row]):     # device 3 runs a new model, and is told of the old one's decisions
+                    d.execute('INSERT INTO rows (device, boot, seq, at, received, clock, metrics) VALUES (?, 0, ?, ?, ?, 0, ?)', (i + 1, 2*hour + n, day + 60*hour, day + 60*hour, json.dumps(m)))
+            d.execute('UPDATE devices SET received = ? WHERE id = ?', (day + 1440, i + 1))
+    assert [a for a in alerts.look(db, day + 1445) if a.kind == 'different'] == []
+
 def test_an_alert_does_not_flap():
     rng, open_, opened = np.random.default_rng(0), {}, 0
     for minute in range(0, 6000, 5):

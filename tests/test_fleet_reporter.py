@@ -72,6 +72,15 @@ def test_a_reading_of_the_machine_that_fails_stops_no_row(tmp_path, monkeypatch)
     clock[0] += 3600; r.tick()
     assert box.waiting == 1
 
+@pytest.mark.parametrize('url', ['http://collector.example/v1/rows', 'mqtt://u:secret@broker.example', 'ftp://u:secret@x', 'https://', 'mqtts:', 'collector.example', 'https://[x'])
+def test_an_address_to_which_nothing_could_be_sent_is_refused_when_it_is_given(tmp_path, url):
+    with pytest.raises(EdgenbError) as e: configure(tmp_path, 'ab'*32, url)
+    assert 'secret' not in str(e.value) and not (tmp_path/'telemetry.json').exists()
+
+def test_the_password_of_a_broker_is_for_the_agent_alone(tmp_path):
+    configure(tmp_path, 'ab'*32, 'mqtts://plant:secret@broker.example')
+    assert (tmp_path/'telemetry.json').stat().st_mode & 0o777 == 0o600
+
 # ---------------------------------------------------------------- clocks
 
 def test_a_clock_that_jumped_ahead_and_back_does_not_silence_a_device(tmp_path, monkeypatch):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EDGES', 'REFUSED', 'SUMS', 'SUM_ROWS', 'A_DAY', 'ALIKE', 'MOST_SEEN', 'FULL', 'ANSWER', 'PATIENCE', 'added', 'joined',
-           'released', 'merged', 'Damaged', 'set_aside', 'Sent', 'backoff', 'Outbox', 'batch', 'acknowledge', 'send',
-           'export_files', 'import_acks']
+           'released', 'merged', 'Damaged', 'set_aside', 'Sent', 'backoff', 'Outbox', 'batch', 'acknowledge', 'https',
+           'send', 'export_files', 'import_acks']
 
 # %% ../../nbs/fleet/outbox.ipynb #5e3d18a8
 import bisect, hashlib, json, math, os, random, secrets, sqlite3, threading, time
@@ -309,12 +309,18 @@ def _renumber(db, boot):
 # %% ../../nbs/fleet/outbox.ipynb #8d08bba0
 ANSWER, PATIENCE = 4096, 60   # bytes and seconds of an answer
 
+def https(url: str) -> str:   # the address, if rows may go there
+    "EdgenbError for an address on which others could read along."
+    from urllib.parse import urlsplit
+    try: at = urlsplit(url); host = at.hostname
+    except ValueError: at = host = None
+    if not host or at.scheme != 'https' and not (at.scheme == 'http' and host in ('localhost', '127.0.0.1', '::1')): raise EdgenbError(f'{host or url}: telemetry goes over https://, and without TLS only to this machine itself')
+    return url
+
 def _post(url, data, ca):
     "POST an envelope; the answer's status and body."
     import urllib3
-    from urllib.parse import urlsplit
-    at = urlsplit(url)
-    if at.scheme != 'https' and not (at.scheme == 'http' and at.hostname in ('localhost', '127.0.0.1', '::1')): raise EdgenbError(f'{url}: telemetry goes over https://, and without TLS only to this machine itself')
+    https(url)
     with urllib3.PoolManager(ca_certs=ca, cert_reqs='CERT_REQUIRED', retries=False, timeout=urllib3.Timeout(connect=10, read=20)) as pool:
         answer, until, body = pool.request('POST', url, body=data, headers={'Content-Type': 'application/json'}, redirect=False, preload_content=False), time.monotonic() + PATIENCE, b''
         try:

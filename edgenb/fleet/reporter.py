@@ -9,9 +9,10 @@ __all__ = ['public_key', 'configure', 'setup_of', 'outbox_at', 'by_stick', 'mach
 import json, shutil, sys, threading, time
 from pathlib import Path
 import edgenb
-from ..core import EdgenbError, within, write_json
+from ..core import EdgenbError, json_text, within, write_json
 from .envelope import new_key, public_of
-from .outbox import Damaged, Outbox, export_files, import_acks, send, set_aside
+from .keys import write_private
+from .outbox import Damaged, Outbox, export_files, https, import_acks, send, set_aside
 from .schema import UPDATE_STATES, Refused, is_hex
 
 # %% ../../nbs/fleet/reporter.ipynb #6c0a3f7f
@@ -27,10 +28,13 @@ def configure(root: str | Path,
               minutes: int = 60):    # an interval
     "Say whom this device reports to."
     if not is_hex(collector, 64): raise EdgenbError('telemetry: collector must be the 64 hex digits that edgenb collect enrol or key prints')
-    if url and url.split('://')[0] not in ('https', 'http', 'mqtts', 'mqtt'): raise EdgenbError(f'telemetry: {url} must begin with https:// or mqtts://')
+    if url.startswith('mqtt'):
+        from edgenb.fleet.mqtt import broker
+        broker(url)
+    elif url: https(url)
     within('telemetry', 5, 1440, minutes=minutes)
     public_key(root)
-    write_json(Path(root)/'telemetry.json', {'edgenb_telemetry_setup': 1, 'collector': collector, 'url': url, 'minutes': minutes})
+    write_private(Path(root)/'telemetry.json', json_text({'edgenb_telemetry_setup': 1, 'collector': collector, 'url': url, 'minutes': minutes}))   # the address may hold the broker's password
 
 def setup_of(root: str | Path) -> dict | None:
     "Whom the device in `root` reports to; None if to nobody."
