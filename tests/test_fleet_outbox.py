@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from edgenb.core import EdgenbError
 from edgenb.fleet import alerts, feedback
 from edgenb.fleet.collector import accept, collector_key, enrol, import_folder, retire, store, take
-from edgenb.fleet.envelope import new_key, public_of, sealed_ack, signer_of
+from edgenb.fleet.envelope import ROWS, new_key, public_of, sealed_ack, signer_of, unverified
 from edgenb.fleet.outbox import Outbox, acknowledge, batch, export_files, import_acks, send
 from edgenb.fleet.schema import Refused, encode
 
@@ -234,6 +234,19 @@ def test_a_device_with_a_new_disk_is_not_taken_for_its_old_self(tmp_path):
         if (data := batch(new)[0]) is not None: acknowledge(new, take(db, data, NOW + 1200))
     assert new.waiting == 0 and sum(n for *_, n in counts(db)) == 5 + 14 and new.close(NOW + 1300)['boot'] == 1
 
+def test_a_stick_from_before_the_disk_was_replaced_makes_no_row_count_twice(tmp_path):
+    db, key, told = enrolled(tmp_path)
+    def box(name): return Outbox(tmp_path/name, told['id'], key, told['collector'])
+    def decides(box): box.observe('edgenb.decision.count', 1); box.close(NOW)
+    old, new = box('old.db'), box('new.db')
+    decides(old); export_files(old, tmp_path/'stick'); acknowledge(old, take(db, batch(old)[0], NOW))
+    decides(new)
+    acknowledge(new, take(db, batch(new)[0], NOW)); acknowledge(new, take(db, batch(new)[0], NOW))     # these keys are used; then with others
+    decides(new); take(db, batch(new)[0], NOW)                                                          # committed, and the answer is lost
+    import_folder(db, tmp_path/'stick', NOW); import_acks(new, tmp_path/'stick')                        # the old stick turns up
+    acknowledge(new, take(db, batch(new)[0], NOW))
+    assert new.waiting == 0 and sum(n for *_, n in counts(db)) == 3
+
 def certificate(folder):
     "A certificate for this machine, signed by itself."
     from cryptography import x509
@@ -268,8 +281,8 @@ def test_nobody_but_its_collector_makes_a_device_forget(tmp_path):
     row = box.close(NOW)
     sha, stranger = hashlib.sha256(encode(row)).hexdigest(), tmp_path/'stranger.key'
     new_key(stranger)
-    other = enrol(db, 'cd'*32, 'plant-1', 'orin')['id']
-    for forged in (sealed_ack(told['id'], (0, 0), sha, 0, signer_of(stranger)), sealed_ack(other, (0, 0), sha, 0, signer_of(collector_key(db))), b'', b'{}', batch(box)[0]):
+    other, life = enrol(db, 'cd'*32, 'plant-1', 'orin')['id'], unverified(batch(box)[0], ROWS)[1]['life']
+    for forged in (sealed_ack(told['id'], life, (0, 0), sha, 0, signer_of(stranger)), sealed_ack(other, life, (0, 0), sha, 0, signer_of(collector_key(db))), b'', b'{}', batch(box)[0]):
         with pytest.raises(Refused): acknowledge(box, forged)
     assert box.waiting == 1
 
@@ -305,6 +318,32 @@ def test_histograms_are_never_of_few_decisions(tmp_path):
     box.set_model('ab'*32)
     assert 'edgenb.decision.confidence' not in box.close(NOW + 1860)['metrics']     # six of the old model are not told as the new one's
 
+def many_files(tmp_path, monkeypatch, rows=12):
+    "A stick with a file a row."
+    monkeypatch.setattr('edgenb.fleet.outbox.FULL', 1)
+    db, key, told = enrolled(tmp_path)
+    box = Outbox(tmp_path/'outbox.db', told['id'], key, told['collector'])
+    for n in range(rows): box.observe('edgenb.decision.count', 1); box.close(NOW + 60*n)
+    return db, box, export_files(box, tmp_path/'stick')
+
+def test_a_stick_with_more_than_ten_files_is_taken_in_order(tmp_path, monkeypatch):
+    db, box, files = many_files(tmp_path, monkeypatch)
+    assert len(files) == 12 and import_folder(db, tmp_path/'stick', NOW + 900)['files'] == 12
+    assert import_acks(box, tmp_path/'stick') == 12 and len(counts(db)) == 12
+
+@pytest.mark.parametrize('what', ['missing', 'damaged', 'over the budget'])
+def test_rows_that_did_not_arrive_are_never_acknowledged_by_a_later_file(tmp_path, monkeypatch, what):
+    db, box, files = many_files(tmp_path, monkeypatch, 6)
+    data = files[2].read_bytes()
+    if what == 'missing': files[2].unlink()
+    elif what == 'damaged': files[2].write_bytes(data[:-5])
+    else:
+        monkeypatch.setattr('edgenb.fleet.collector.capacity', lambda row, models: 1e12 if row['seq'] == 2 else 1.0)
+    told = import_folder(db, tmp_path/'stick', NOW + 900)
+    assert told['refused']['gap'] == 3 and import_acks(box, tmp_path/'stick') == 2 and box.waiting == 4
+    monkeypatch.undo()
+    assert acknowledge(box, take(db, batch(box)[0], NOW + 900))['gone'] == 4 and len(counts(db)) == 6     # and nothing is lost
+
 # ---------------------------------------------------------------- alerts
 
 def test_different_from_the_cohort_rings_about_as_often_as_was_permitted():
@@ -319,6 +358,26 @@ def test_drift_alarms_beyond_chance_are_as_rare_as_was_permitted(devices):
     rng, days = np.random.default_rng(3), max(30, 300_000//devices)
     false = (rng.poisson(1/30, (days, devices)) >= alerts.alarms_beyond_chance(devices)).sum()
     assert false/days*30 <= 1 + 3*np.sqrt(30/days)
+
+@pytest.mark.parametrize('devices', [29, 340, 2500, 5000])
+def test_drift_alarms_are_as_rare_as_was_permitted_however_often_one_looks(devices):
+    at, k = np.cumsum(np.random.default_rng(4).exponential(30, 500_000)), alerts.alarms_beyond_chance(devices)     # days: 41,000 years of one device
+    complete = at[k - 1:][at[k - 1:] - at[:len(at) - k + 1] < 1]           # within any day, not only from midnight to midnight
+    opened = 1 + (np.diff(complete) > 1.1).sum() if len(complete) else 0
+    assert opened/at[-1]*30*devices <= 1.1
+
+def test_labels_for_the_model_before_do_not_make_a_device_look_idle(tmp_path):
+    db, day = tmp_path/'fleet.db', NOW//1440*1440
+    ids = [enrol(db, f'{i:064x}', 'plant-1', 'orin', minute=day)['id'] for i in range(12)]
+    rng = np.random.default_rng(0)
+    with store(db, write=True) as d:
+        for i in range(12):
+            for hour in range(24):
+                row = {'edgenb.decision.count': int(rng.integers(95, 106)), 'edgenb.interval.duration': 60, 'edgenb.telemetry.queue': 0}
+                for n, m in enumerate([{'edgenb.interval.duration': 60, 'edgenb.outcome.count': 5}]*(i == 3) + [row]):     # device 3 runs a new model, and is told of the old one's decisions
+                    d.execute('INSERT INTO rows (device, boot, seq, at, received, clock, metrics) VALUES (?, 0, ?, ?, ?, 0, ?)', (i + 1, 2*hour + n, day + 60*hour, day + 60*hour, json.dumps(m)))
+            d.execute('UPDATE devices SET received = ? WHERE id = ?', (day + 1440, i + 1))
+    assert [a for a in alerts.look(db, day + 1445) if a.kind == 'different'] == []
 
 def test_an_alert_does_not_flap():
     rng, open_, opened = np.random.default_rng(0), {}, 0
@@ -364,7 +423,7 @@ def test_what_is_kept_can_be_read_with_the_organisations_key_alone(tmp_path):
     feedback.consent(box, 'A. Berg', ['corrections', 'uncertain'], 30, public, WHEN)
     case(box, tmp_path); case(box, tmp_path, data=b'unsure', label=None, who='')
     for p in box.iterdir(): assert p.name == 'consent.json' or not any(word in p.read_bytes() for word in (b'scratch', b'Oduya', b'unsure'))
-    assert feedback.export(box, tmp_path/'stick') == 2
+    assert feedback.export(box, tmp_path/'stick', WHEN) == 2
     other, _ = feedback.keygen(tmp_path/'other', 'five random words here')
     assert feedback.import_cases(tmp_path/'stick', tmp_path/'a', other, 'five random words here', {'5f'*16: key})['refused'] == {'it was encrypted to another key': 2}
     told = feedback.import_cases(tmp_path/'stick', tmp_path/'home', private, 'five random words here', {'5f'*16: key})
@@ -377,7 +436,7 @@ def test_a_case_that_was_changed_on_the_way_is_refused_and_the_others_count(tmp_
     key, (private, public), box = new_key(tmp_path/'device.key'), organisation(tmp_path), tmp_path/'box'
     feedback.consent(box, 'A. Berg', ['corrections'], 30, public, WHEN)
     for n in range(3): case(box, tmp_path, data=b'die %d' % n)
-    feedback.export(box, tmp_path/'stick')
+    feedback.export(box, tmp_path/'stick', WHEN)
     a, b, _ = sorted((tmp_path/'stick').glob('*.case'))
     data = a.read_bytes()
     if damage == 'gone': a.unlink()

@@ -120,7 +120,7 @@ class Server:
                     if not math.isfinite(float(answer.get('score', 0))): raise ValueError('the score is not a number')
                 except EdgenbError: raise            # the input's fault
                 except Exception as e:               # the model's
-                    self.observe('edgenb.decision.count', 1, now.digest); self.observe('edgenb.decision.error.count', 1, now.digest)
+                    self.observe('edgenb.decision.error.count', 1, now.digest); self.observe('edgenb.decision.count', 1, now.digest)   # the part first: telemetry holds it until its whole is there
                     self._seen(False)
                     raise Failed(f'the model failed on this input ({type(e).__name__}: {str(e)[:200]})') from None
                 self._seen(True)
@@ -145,8 +145,8 @@ class Server:
     def outcome(self, correct: bool, model: str):   # digest of the bundle that decided, as `decide` returned it
         "Somebody has said whether a decision was right: what a rollout is judged by."
         if model not in self.known: raise EdgenbError(f'{model[:12] or "no model"} has decided nothing here: send the "model" that came with the answer')
-        self.observe('edgenb.outcome.count', 1, model)
         if not correct: self.observe('edgenb.outcome.error.count', 1, model)
+        self.observe('edgenb.outcome.count', 1, model)
 
     # -- the watch during a trial
     def fresh(self):

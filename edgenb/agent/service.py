@@ -57,7 +57,7 @@ class Agent:
         self.store = Store(self.root).open()
         self.store.lock()
         self.server = Server(load, observe)
-        with contextlib.suppress(OSError): self.server.known |= {h.digest for h in self.store.load().slots.values() if h.good}   # labels come late, also for what decided before a restart
+        with contextlib.suppress(OSError): self.server.known |= {h.digest for h in self.store.load().slots.values()}   # labels come late, also for what decided before a restart
         self.stopping, self.woken = threading.Event(), threading.Event()
         self.machine = Machine(self.store, self.device, (self.root/'root.json').read_bytes(), self.server, prove, clock=clock, steady=steady, stopped=self.stopping.is_set, observe=observe)
         self.http = None
@@ -137,14 +137,17 @@ class Agent:
 def run(root: Path, port: int | None = None):
     "`edgenb agent run`: SIGTERM and SIGINT end it cleanly, SIGHUP makes it look now."
     from edgenb.fleet.reporter import Reporter, outbox_at, setup_of
-    try: box = outbox_at(root, load_device(root).id)
-    except EdgenbError as e: box = None; print(f'edgenb agent: no telemetry: {e}', file=sys.stderr, flush=True)   # the model serves without
+    device = load_device(root)
+    try: box = outbox_at(root, device.id)
+    except EdgenbError as e: box = print(f'edgenb agent: it decides, and reports nothing until its next start: {e}', file=sys.stderr, flush=True)   # never a reason not to decide
     def observe(name, value, model=''): box.set_model(agent.server.digest or None); box.observe(name, value, model or agent.server.digest or None)
     with Agent(root, observe=box and observe) as agent, contextlib.ExitStack() as beside:
         for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, lambda *a: agent.stop())
         signal.signal(signal.SIGHUP, lambda *a: agent.wake(poll=not (agent.root/'request.json').exists()))
         agent.machine.step()   # serve first
-        if box: beside.callback(Reporter(box, root, setup_of(root), lambda: _told(agent.machine)).start().stop)
+        if box:
+            reporter = Reporter(box, root, setup_of(root), lambda: _told(agent.machine)).start()
+            beside.push(lambda kind, *_: reporter.stop(well=kind is None))
         print(f'edgenb agent: device {agent.device.id}, http://127.0.0.1:{agent.listen(port)}, {agent.machine.why}', flush=True)
         agent.run()
     print('edgenb agent: stopped', flush=True)

@@ -106,14 +106,18 @@ def alarms_beyond_chance(devices: int, limits: Limits = Limits()) -> int:
     "Drift alarms in a day that one of so many devices has by chance only as often as is permitted."
     rate, level = limits.drift_alarms_per_month/DAYS, limits.false_alarms_per_month/(DAYS*max(1, devices))
     k, term, below = 0, math.exp(-rate), math.exp(-rate)
-    while 1 - below > level and k < 1000: k += 1; term *= rate/k; below += term
+    while (k + 1)*(1 - below) > level and k < 1000: k += 1; term *= rate/k; below += term   # times k + 1: the day that is looked at moves, and each alarm may be the one that completes it
     return k + 1
 
 # %% ../../nbs/fleet/alerts.ipynb #561943be
 WATCHED = ['edgenb.decision.count', 'edgenb.decision.duration', 'edgenb.decision.confidence', 'edgenb.outcome.count', 'edgenb.outcome.error.count', 'edgenb.process.crash.count', 'edgenb.process.restart.count', 'edgenb.process.memory.usage',
-           'edgenb.device.temperature', 'edgenb.device.disk.free', 'edgenb.device.throttled', 'edgenb.drift.alarm.count', 'edgenb.interval.duration']
+           'edgenb.device.temperature', 'edgenb.device.disk.free', 'edgenb.device.throttled', 'edgenb.drift.alarm.count']
 
 def _span(db, since, until): return {f['device']: f for f in totals(db, WATCHED, ('device',), 'r.at >= ? AND r.at < ?', (since, until))}
+
+def _minutes(db, since, until):
+    "How long each device was heard of. An interval has a row for every model; the one of the model that decided at its end tells the queue."
+    return dict(db.execute("SELECT d.device, sum(json_extract(r.metrics, '$.\"edgenb.interval.duration\"')) FROM rows r JOIN devices d ON d.id = r.device WHERE r.at >= ? AND r.at < ? AND json_extract(r.metrics, '$.\"edgenb.telemetry.queue\"') IS NOT NULL GROUP BY r.device", (since, until)))
 
 def hours(minutes) -> str: return f'{minutes} minutes' if minutes < 120 else f'{minutes/60:.0f} hours' if minutes < 2880 else f'{minutes/1440:.0f} days'
 
@@ -134,19 +138,19 @@ def _of_a_device(d, day, week, last, minute, limits, ring, models):
         p, q = percentile(now, EDGES_MS, 0.99), percentile(before, EDGES_MS, 0.99)
         yield 'slow', held_against(p/q, limits.slower), f'its 99th percentile is {p:.3g} ms, {q:.3g} ms in the week before'
 
-def _measures(f):
+def _measures(f, minutes):
     "A day of a device on the scales on which devices are compared."
     nan, log = float('nan'), lambda v: math.log(v) if v and v > 0 else float('nan')
     confidence, n = f['edgenb.decision.confidence'], f['edgenb.outcome.count'] or 0
     return {'latency': log(percentile(f['edgenb.decision.duration'] or [0], EDGES_MS, 0.5)), 'confidence': float(np.average((np.arange(len(confidence)) + 0.5)/10, weights=confidence)) if confidence and sum(confidence) >= 50 else nan,
             'memory': log(f['edgenb.process.memory.usage']), 'temperature': nan if f['edgenb.device.temperature'] is None else float(f['edgenb.device.temperature']),
-            'decisions': log((f['edgenb.decision.count'] or 0)/max(1, f['edgenb.interval.duration'] or 1440)), 'errors': math.asin(math.sqrt((f['edgenb.outcome.error.count'] or 0)/n)) if n >= 100 else nan}
+            'decisions': log((f['edgenb.decision.count'] or 0)/max(1, minutes or 1440)), 'errors': math.asin(math.sqrt((f['edgenb.outcome.error.count'] or 0)/n)) if n >= 100 else nan}
 
-def _of_the_cohort(devices, yesterday, limits):
+def _of_the_cohort(devices, yesterday, minutes, limits):
     "(device, words) of those that are different from the others."
     told = [d for d in devices if d['device'] in yesterday]
     if not told: return
-    measures, stratum = [_measures(yesterday[d['device']]) for d in told], np.array([f"{d['site']}/{d['hardware']}" for d in told])
+    measures, stratum = [_measures(yesterday[d['device']], minutes.get(d['device'])) for d in told], np.array([f"{d['site']}/{d['hardware']}" for d in told])
     for name, (matters, words) in COMPARED.items():
         values = np.array([m[name] for m in measures])
         different, by = odd(values, stratum, limits.false_alarms_per_month/(DAYS*len(COMPARED)*len(told)), matters)
@@ -163,7 +167,7 @@ def findings(db: sqlite3.Connection, minute: int,
     day, week, last, ring = _span(db, minute - 1440, minute + 1440), _span(db, minute - 8*1440, minute - 1440), newest(db), alarms_beyond_chance(len(devices), limits)
     out = [Finding(d['device'], kind, bool(bad), words) for d in devices for kind, bad, words in _of_a_device(d, day.get(d['device']), week.get(d['device']), last.get(d['device']), minute, limits, ring, models) if bad is not False]
     midnight, different = minute//1440*1440, {}
-    for device, words in _of_the_cohort(devices, _span(db, midnight - 1440, midnight), limits): different.setdefault(device, []).append(words)
+    for device, words in _of_the_cohort(devices, _span(db, midnight - 1440, midnight), _minutes(db, midnight - 1440, midnight), limits): different.setdefault(device, []).append(words)
     unknown = [Finding(d, 'off-version', True, 'it runs a model that the collector does not know, and its rows wait for that') for d, in db.execute("SELECT d.device FROM refused f JOIN devices d ON d.id = f.device WHERE f.reason = 'model' AND f.last >= ? AND f.last > coalesce(d.received, 0) AND d.retired IS NULL", (minute - 1440,))]
     return out + unknown + [Finding(d, 'different', True, '; '.join(w)) for d, w in different.items()]
 

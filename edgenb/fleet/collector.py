@@ -8,7 +8,7 @@ __all__ = ['TABLES', 'SECONDS', 'AT_ONCE', 'STATUS', 'GROUPS', 'ADDED', 'JUDGED'
            'evidence']
 
 # %% ../../nbs/fleet/collector.ipynb #128d5290
-import hashlib, json, secrets, sqlite3, threading, time
+import hashlib, json, secrets, socket, sqlite3, threading, time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,7 +43,8 @@ def store(path: str | Path,       # of the SQLite file
     try:
         with file_errors(path), closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as db:
             db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            if new: path.chmod(0o600); db.execute('PRAGMA journal_mode=WAL'); db.executescript(TABLES)
+            if new: path.chmod(0o600)
+            if make: db.execute('PRAGMA journal_mode=WAL'); db.executescript(TABLES)   # also after a crash between the file and its tables
             if write: db.execute('BEGIN IMMEDIATE')
             try: yield db
             except BaseException:
@@ -57,7 +58,11 @@ def now_minute() -> int: return int(time.time()//60)
 def collector_key(path: str | Path) -> Path:
     "The file of the key that signs acknowledgements, beside the database; made when it is first needed."
     key = Path(f'{path}.key')
-    if not key.exists(): new_key(key)
+    if key.exists(): return key
+    if Path(path).exists():
+        with store(path, make=True) as db: enrolled = db.execute('SELECT count(*) FROM devices').fetchone()[0]
+        if enrolled: raise EdgenbError(f'{key} is missing: the {enrolled} devices of {path} believe this key and no other. Restore it from the backup; without it move the database away and enrol the devices anew')
+    new_key(key)
     return key
 
 def enrol(path: str | Path,
@@ -99,11 +104,12 @@ def _known(path, data):
     if found is None: raise Refused('device')
     return found[0], opened(data, ROWS, found[1])
 
-def _insert(db, id, life, rows, models, minute, budget):
+def _insert(db, id, life, after, rows, models, minute, budget):
     "Rows beyond the mark, as far as the budget goes; (mark, digest of its row, seconds to wait)."
     known, boot, seq, sha, level, spent = db.execute('SELECT life, boot, seq, sha, bits, spent FROM devices WHERE id = ?', (id,)).fetchone()
     mark, wait, rate = (boot, seq) if boot is not None else None, 0, budget*8/86_400
     if known not in (None, life) and mark is not None and rows and rows[0]['boot'] <= boot: return mark, None, 0   # its disk was replaced: these keys are used
+    if after is not None and (mark is None or mark < tuple(after)): raise Refused('gap')   # a mark beyond them would make the device delete what is missing
     level = min(SAVED*budget*8, level + max(0, minute - spent)*60*rate)
     for row in rows:
         if mark is not None and (row['boot'], row['seq']) <= mark: continue
@@ -130,15 +136,15 @@ def take(path: str | Path,            # of the store
         with store(path, write=True) as db:
             models = dict(db.execute('SELECT digest, id FROM models'))
             if any(r['model'] is not None and r['model'] not in models for r in rows): raise Refused('model')
-            mark, sha, wait = _insert(db, id, value['life'], rows, models, minute, budget)
+            mark, sha, wait = _insert(db, id, value['life'], value['after'], rows, models, minute, budget)
     except Refused as e:
         with store(path, write=True, durable=False) as db: db.execute('INSERT INTO refused VALUES (?, ?, 1, ?) ON CONFLICT DO UPDATE SET times = times + 1, last = excluded.last', (id, e.reason, minute))
         raise
-    return sealed_ack(value['device'], mark, sha, wait, signer_of(collector_key(path)))
+    return sealed_ack(value['device'], value['life'], mark, sha, wait, signer_of(collector_key(path)))
 
 # %% ../../nbs/fleet/collector.ipynb #460bffea
-SECONDS, AT_ONCE = 30, 64   # for a request; connections at a time
-STATUS = {'size': 413, 'device': 403, 'signature': 403, 'model': 409}   # 400 for the rest
+SECONDS, AT_ONCE = 30, 64   # for a pause and for the body, twice as long for the whole request; connections at a time
+STATUS = {'size': 413, 'device': 403, 'signature': 403, 'model': 409, 'gap': 409}   # 400 for the rest
 
 def _handler(path, budget):
     gate = threading.BoundedSemaphore(AT_ONCE)
@@ -146,9 +152,13 @@ def _handler(path, budget):
         server_version, sys_version, timeout = 'edgenb', '', SECONDS
         def handle(self):
             if not gate.acquire(blocking=False): return
+            late = threading.Timer(2*SECONDS, self._hang_up); late.daemon = True; late.start()   # a header a minute would hold a connection for days
             try: super().handle()
-            except OSError: pass        # the other side left, or was too slow
-            finally: gate.release()
+            except (OSError, ValueError): pass        # the other side left, or was too slow
+            finally: late.cancel(); gate.release()
+        def _hang_up(self):
+            try: self.connection.shutdown(socket.SHUT_RDWR)
+            except OSError: pass
         def log_message(self, *args): pass   # nothing of what strangers send is written anywhere
         def answer(self, status, body=b''):
             self.send_response_only(status)
@@ -198,7 +208,7 @@ def import_folder(path: str | Path,       # of the store
                   minute: int | None = None, budget: int = BUDGET
                  ) -> dict:               # {'files', 'refused': {reason: files}}
     "Take the envelopes on a stick, and leave the acknowledgements there."
-    told, found = {'files': 0, 'refused': {}}, sorted(Path(folder).glob('*.rows.json'))
+    told, found = {'files': 0, 'refused': {}}, sorted(Path(folder).glob('*.rows.json'), key=lambda p: (len(p.name), p.name))   # 2 before 10
     if not found: raise EdgenbError(f'collect: there is no telemetry in {folder}: the device writes files that end in .rows.json')
     for file in found:
         try:

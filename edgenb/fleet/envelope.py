@@ -10,7 +10,7 @@ __all__ = ['ROWS', 'ACK', 'MOST', 'new_key', 'signer_of', 'public_of', 'seal', '
 import os
 from pathlib import Path
 from ..core import EdgenbError, file_errors
-from .schema import VERSION, Refused, check_row, compact, is_hex, parsed
+from .schema import COUNTER_BITS, VERSION, Refused, check_row, compact, is_hex, parsed
 
 # %% ../../nbs/fleet/envelope.ipynb #d39cc15d
 def new_key(path: str | Path   # of the private key, PEM
@@ -81,9 +81,10 @@ def opened(data: bytes, kind: str,
 # %% ../../nbs/fleet/envelope.ipynb #79d69060
 def rows_of(value) -> list:   # of rows, in order
     "The rows of an opened envelope, every one checked; `Refused` if one is not in order."
-    if type(value) is not dict or set(value) != {'edgenb_telemetry', 'device', 'life', 'rows'} or type(value['rows']) is not list: raise Refused('field')
+    if type(value) is not dict or set(value) != {'edgenb_telemetry', 'after', 'device', 'life', 'rows'} or type(value['rows']) is not list: raise Refused('field')
     if value['edgenb_telemetry'] != VERSION or type(value['edgenb_telemetry']) is not int: raise Refused('version')
     if not is_hex(value['device'], 32) or not is_hex(value['life'], 8): raise Refused('value')
+    if value['after'] is not None and not (type(value['after']) is list and len(value['after']) == 2 and all(type(k) is int and 0 <= k < 2**COUNTER_BITS for k in value['after'])): raise Refused('value')
     for row in value['rows']:
         if check_row(row)['device'] != value['device']: raise Refused('device')
     if sorted((r['boot'], r['seq']) for r in value['rows']) != [(r['boot'], r['seq']) for r in value['rows']]: raise Refused('form')   # their order is no message either
@@ -91,22 +92,25 @@ def rows_of(value) -> list:   # of rows, in order
 
 def sealed_rows(device: str,
                 life: str,      # 8 hex digits, drawn when the outbox was made: a device whose disk was replaced counts from nothing again
-                rows: list, signer) -> bytes:
+                rows: list, signer,
+                after: tuple | None = None   # (boot, seq) of the row before these, which is in another envelope; None: there is none before
+               ) -> bytes:
     "An envelope of rows."
-    return seal({'edgenb_telemetry': VERSION, 'device': device, 'life': life, 'rows': rows}, ROWS, signer)
+    return seal({'edgenb_telemetry': VERSION, 'after': after and list(after), 'device': device, 'life': life, 'rows': rows}, ROWS, signer)
 
 def sealed_ack(device: str,
+               life: str,            # of the envelope that is answered
                mark: tuple | None,   # (boot, seq) up to which all is committed; None if nothing is
                row: str | None,      # SHA-256 of the row with that mark; None: rows up to it are of another life of the device, and none of these was taken
                wait: int,            # seconds after which the device should send more, if it has more
                signer) -> bytes:
     "What a collector answers after its commit."
     boot, seq = mark or (None, None)
-    return seal({'edgenb_ack': 1, 'device': device, 'boot': boot, 'seq': seq, 'row': row, 'wait': wait}, ACK, signer)
+    return seal({'edgenb_ack': 1, 'device': device, 'life': life, 'boot': boot, 'seq': seq, 'row': row, 'wait': wait}, ACK, signer)
 
 def opened_ack(data: bytes, device: str, public: str) -> dict:   # {'boot', 'seq', 'row', 'wait', ...}
     "An acknowledgement for this device by its collector."
     ack = opened(data, ACK, public)
-    if type(ack) is not dict or set(ack) != {'edgenb_ack', 'device', 'boot', 'seq', 'row', 'wait'} or ack['edgenb_ack'] != 1: raise Refused('field')
+    if type(ack) is not dict or set(ack) != {'edgenb_ack', 'device', 'life', 'boot', 'seq', 'row', 'wait'} or ack['edgenb_ack'] != 1: raise Refused('field')
     if ack['device'] != device: raise Refused('device')
     return ack

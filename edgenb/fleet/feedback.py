@@ -7,7 +7,7 @@ __all__ = ['SUITE', 'SCOPES', 'CASE', 'MOST_CASES', 'MOST_BYTES', 'MEDIA', 'keyg
            'withdraw', 'keep', 'export', 'opened_case', 'import_cases']
 
 # %% ../../nbs/fleet/feedback.ipynb #32f72fe7
-import base64, datetime, hashlib, json, secrets, shutil
+import base64, datetime, hashlib, json, math, secrets, shutil
 from pathlib import Path
 from ..core import EdgenbError, did_you_mean, digest_of, file_errors, sync_folder, within, write_atomic, write_json
 from .envelope import MOST, opened, seal, unverified
@@ -26,12 +26,12 @@ def keygen(name: str | Path,     # of the files: NAME.key and NAME.pub
     "Make the organisation's pair of keys."
     from cryptography.hazmat.primitives import serialization as s
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-    if len(passphrase) < 12: raise EdgenbError('feedback: the passphrase must have at least 12 characters: it is what protects every case on a lost laptop')
+    from edgenb.fleet.keys import PASSPHRASE, write_private
+    if len(passphrase) < PASSPHRASE: raise EdgenbError(f'feedback: the passphrase must have at least {PASSPHRASE} characters: it is what protects every case on a lost laptop')
     private, public = Path(f'{name}.key'), Path(f'{name}.pub')
     if private.exists() or public.exists(): raise EdgenbError(f'feedback: {private} or {public} exists: a key is not overwritten, what was encrypted to it could not be read any more')
     key = X25519PrivateKey.generate()
-    write_atomic(private, key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.BestAvailableEncryption(passphrase.encode())))
-    private.chmod(0o600)
+    write_private(private, key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.BestAvailableEncryption(passphrase.encode())))
     write_json(public, {'edgenb_feedback_key': 1, 'suite': SUITE, 'public': key.public_key().public_bytes_raw().hex()})
     return private, public
 
@@ -68,11 +68,17 @@ def consent(folder: str | Path,                      # of feedback on the device
     within('feedback', 1, 400, days=days)
     if not is_hex(public, 64): raise EdgenbError('feedback: public must be the 64 hex digits of the organisation\'s key')
     when = now or datetime.datetime.now(datetime.UTC)
-    given = {'action': 'given', 'who': who, 'when': _now(when), 'scope': sorted(set(scope)), 'until': _now(when + datetime.timedelta(days=days)), 'public': public}
+    given = {'action': 'given', 'id': secrets.token_hex(16), 'who': who, 'when': _now(when), 'scope': sorted(set(scope)), 'until': _now(when + datetime.timedelta(days=days)), 'public': public}
     with file_errors(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_json(Path(folder)/'consent.json', {'edgenb_consent': 1, 'history': [*_history(folder), given]})
     return given
+
+def _withdrawn(folder) -> dict:   # digest -> id
+    "Every consent that was given before one was taken back: who withdraws means all that left, also under what was renewed since."
+    history = _history(folder)
+    last = max((i for i, h in enumerate(history) if h['action'] == 'withdrawn'), default=-1)
+    return {digest_of(h): h['id'] for h in history[:max(last, 0)] if h['action'] == 'given'}
 
 def agreed(folder: str | Path, now: datetime.datetime | None = None) -> dict | None:
     "The consent that holds now, or None."
@@ -95,6 +101,16 @@ def withdraw(folder: str | Path, who: str, now: datetime.datetime | None = None)
 CASE, MOST_CASES, MOST_BYTES = 'application/vnd.edgenb.case+json', 10_000, 16*2**20   # payload type; cases that wait; bytes of an input
 MEDIA = {'image/png': '.png', 'image/jpeg': '.jpg', 'application/x-npy': '.npy', 'text/plain': '.txt'}
 
+def _words(text) -> bool: return type(text) is str and len(text) <= 200 and (text.isprintable() or not text)
+
+def _sound(case) -> bool:
+    "Whether this is a case as edgenb writes it."
+    names = {'edgenb_case', 'device', 'media', 'model', 'suggested', 'confidence', 'label', 'who', 'when', 'consent', 'input'}
+    return (type(case) is dict and set(case) == names and is_hex(case['device'], 32) and is_hex(case['model'], 64) and type(case['media']) is str and case['media'] in MEDIA and type(case['input']) is str
+            and all(_words(case[k]) for k in ('suggested', 'who', 'when')) and (case['label'] is None or _words(case['label']) and bool(case['label'].strip()) and bool(case['who'].strip()))
+            and type(case['confidence']) in (int, float) and math.isfinite(case['confidence'])
+            and type(case['consent']) is dict and all(_words(case['consent'].get(k)) for k in ('id', 'when', 'until')) and type(case['consent'].get('scope')) is list)
+
 def _info(device, consent_id): return compact({'edgenb': 'feedback 1', 'device': device, 'consent': consent_id})
 
 def keep(folder: str | Path, signer,       # of the device's key, as for telemetry
@@ -115,6 +131,7 @@ def keep(folder: str | Path, signer,       # of the device's key, as for telemet
     if len(data) > MOST_BYTES: raise EdgenbError(f'feedback: the input has {len(data):,} bytes, at most {MOST_BYTES:,} are kept')
     if sum(1 for _ in folder.glob('*.case.json')) >= MOST_CASES: raise EdgenbError(f'feedback: {MOST_CASES:,} cases wait already: export them')
     case = {'edgenb_case': 1, 'device': device, 'media': media, 'model': model, 'suggested': suggested, 'confidence': round(float(confidence), 6), 'label': label, 'who': who, 'when': _now(now), 'consent': held, 'input': base64.b64encode(data).decode()}
+    if not _sound(case): raise EdgenbError('feedback: a case needs the 64 hex digits of a model, a confidence that is a number, and for suggested, label and who at most 200 printable characters each')
     text = compact(case); text += b' '*(-len(text) % 4096)
     sealed = _suite().encrypt(text, X25519PublicKey.from_public_bytes(bytes.fromhex(held['public'])), _info(device, digest_of(held)))
     name = secrets.token_hex(16)
@@ -122,38 +139,57 @@ def keep(folder: str | Path, signer,       # of the device's key, as for telemet
     return write_atomic(folder/f'{name}.case.json', seal({'edgenb_case': 1, 'device': device, 'consent': digest_of(held), 'sha256': hashlib.sha256(sealed).hexdigest()}, CASE, signer))   # makes it count
 
 # %% ../../nbs/fleet/feedback.ipynb #e72e138b
-def export(folder: str | Path, target: str | Path) -> int:   # cases
-    "Copy what waits to a stick or a share, durably, then forget it here."
-    folder, target, n = Path(folder), Path(target), 0
-    withdrawn = [digest_of(h) for h, after in zip(_history(folder), _history(folder)[1:]) if h['action'] == 'given' and after['action'] == 'withdrawn']
+def export(folder: str | Path, target: str | Path, now: datetime.datetime | None = None) -> int:   # cases
+    "Copy what waits to a stick or a share, durably, then forget it here. What the consent no longer covers stays."
+    folder, target, n, over = Path(folder), Path(target), 0, 0
+    withdrawn, holds = _withdrawn(folder), {digest_of(h) for h in _history(folder) if h['action'] == 'given' and h['when'] <= _now(now) < h['until']}
     with file_errors(target):
         target.mkdir(parents=True, exist_ok=True)
+        for c, id in withdrawn.items(): write_atomic(target/f'{c}.withdrawn', id.encode())   # only who gave the consent knows its id: a notice cannot be made up from what is on a stick
         for envelope in sorted(folder.glob('*.case.json')):
-            for p in (envelope.with_suffix(''), envelope): write_atomic(target/p.name, p.read_bytes())
-            for p in (envelope, envelope.with_suffix('')): p.unlink()
-            n += 1
-        for c in withdrawn: write_atomic(target/f'{c}.withdrawn', b'')
+            sealed, under = envelope.with_suffix(''), unverified(envelope.read_bytes(), CASE)[1]['consent']
+            if under not in withdrawn and under not in holds: over += 1; continue
+            if under not in withdrawn:   # else it was being kept while somebody withdrew
+                for p in (sealed, envelope): write_atomic(target/p.name, p.read_bytes())
+                n += 1
+            for p in (envelope, sealed): p.unlink()
+    if over: raise EdgenbError(f'feedback: {n} cases were exported; {over} stay, the consent under which they were kept has expired: edgenb feedback withdraw deletes them')
     return n
+
+def _bounded(path: Path, most: int) -> bytes:
+    "A file of a stick: no device, no pipe, no more than it may be."
+    if not path.is_file(): raise EdgenbError('it is damaged')
+    with open(path, 'rb') as f: data = f.read(most + 1)
+    if len(data) > most: raise EdgenbError('it is damaged')
+    return data
 
 def opened_case(envelope: Path, private,   # X25519PrivateKey
                 devices: dict,             # id -> public key
-                withdrawn: set) -> dict:   # consents, by digest
+                withdrawn: dict            # digest of a consent -> its id, as the notice says
+               ) -> dict:
     "A case, decrypted and believed; `Refused` or `EdgenbError` else."
-    data = envelope.read_bytes()
+    data = _bounded(envelope, MOST)
     named = unverified(data, CASE)[1]
     if type(named) is not dict or set(named) != {'edgenb_case', 'device', 'consent', 'sha256'}: raise Refused('field')
     if named['device'] not in devices: raise Refused('device')
     opened(data, CASE, devices[named['device']])
-    sealed = envelope.with_suffix('').read_bytes()
+    sealed = _bounded(envelope.with_suffix(''), 2*MOST_BYTES)
     if hashlib.sha256(sealed).hexdigest() != named['sha256']: raise Refused('signature')
-    if named['consent'] in withdrawn: raise EdgenbError('its consent was withdrawn')
     from cryptography.exceptions import InvalidTag
     try: case = json.loads(_suite().decrypt(sealed, private, _info(named['device'], named['consent'])))
     except (InvalidTag, ValueError): raise EdgenbError('it was encrypted to another key') from None
+    if not _sound(case) or case['device'] != named['device']: raise EdgenbError('it is not a case as edgenb writes it')
     held = case['consent']
-    if case['media'] not in MEDIA or not (case['label'] is None or 0 < len(case['label']) <= 200 and case['label'].isprintable()): raise EdgenbError('it is not a case as edgenb writes it')
+    if withdrawn.get(named['consent']) == held['id']: raise EdgenbError('its consent was withdrawn')
     if digest_of(held) != named['consent'] or not held['when'] <= case['when'] < held['until'] or ('uncertain' if case['label'] is None else 'corrections') not in held['scope']: raise EdgenbError('its consent does not cover it')
     return case
+
+def _notices(source):
+    found = {}
+    for p in source.glob('*.withdrawn'):
+        try: found[p.stem] = _bounded(p, 32).decode('ascii', 'replace')
+        except (EdgenbError, OSError): pass   # no notice of ours
+    return found
 
 def _private(path, passphrase):
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -165,7 +201,9 @@ def _forget(target, withdrawn, examples):
     "Delete imported cases whose consent was withdrawn; how many."
     n = 0
     for told in sorted(target.rglob('*.json')):
-        if json.loads(told.read_text(encoding='utf-8')).get('consent') not in withdrawn: continue
+        try: case = json.loads(told.read_text(encoding='utf-8'))
+        except (OSError, ValueError): continue
+        if not isinstance(case, dict) or not (id := case.get('consent_id')) or withdrawn.get(case.get('consent')) != id: continue   # of a user's own, or not withdrawn
         for p in told.parent.glob(f'{told.stem}.*'): p.unlink()
         examples.pop(told.stem, None); n += 1
     return n
@@ -178,22 +216,26 @@ def import_cases(source: str | Path, target: str | Path,
     from dataclasses import replace
     from edgenb.data import Example, load_examples, save_examples
     source, target, private, refused, cases = Path(source), Path(target), _private(key, passphrase), {}, []
-    found, withdrawn = sorted(source.glob('*.case.json')), {p.stem for p in source.glob('*.withdrawn')}
+    found, withdrawn = sorted(source.glob('*.case.json')), _notices(source)
     if not found and not withdrawn: raise EdgenbError(f'feedback: there are no cases in {source}')
+    examples = {e.id: replace(e, path=Path(e.path).name) for e in load_examples(target/'examples.jsonl')} if (target/'examples.jsonl').exists() else {}
+    told = {'corrections': 0, 'to_review': 0, 'deleted': _forget(target, withdrawn, examples), 'refused': refused}
     for envelope in found:
-        try: cases.append(opened_case(envelope, private, devices, withdrawn))
+        try:
+            case = opened_case(envelope, private, devices, withdrawn)
+            data = base64.b64decode(case.pop('input'), validate=True)   # not kept in memory: there may be ten thousand
+            if len(data) > MOST_BYTES: raise EdgenbError('it is not a case as edgenb writes it')
         except Exception as e:   # whatever a damaged or hostile case brings, the others count
             why = str(e) if isinstance(e, EdgenbError) else 'it is damaged'
             refused[why] = refused.get(why, 0) + 1
-    examples = {e.id: replace(e, path=Path(e.path).name) for e in load_examples(target/'examples.jsonl')} if (target/'examples.jsonl').exists() else {}
-    told = {'corrections': 0, 'to_review': 0, 'deleted': _forget(target, withdrawn, examples), 'refused': refused}
-    for case in sorted(cases, key=lambda c: c['when']):   # said twice: the later decision holds
-        data = base64.b64decode(case['input'])
-        name, sort = hashlib.sha256(data).hexdigest()[:24], 'to_review' if case['label'] is None else 'corrections'
-        place = target if case['label'] is not None else target/'to_review'
-        place.mkdir(parents=True, exist_ok=True)
+            continue
+        name, place = hashlib.sha256(data).hexdigest()[:24], target if case['label'] is not None else target/'to_review'
+        with file_errors(place): place.mkdir(parents=True, exist_ok=True)
         write_atomic(place/f"{name}{MEDIA[case['media']]}", data)
-        write_json(place/f'{name}.json', {k: case[k] for k in ('when', 'who', 'model', 'suggested', 'confidence', 'label')} | {'consent': digest_of(case['consent'])})
+        cases.append((case['when'], name, place, case))
+    for _, name, place, case in sorted(cases, key=lambda c: c[:2]):   # said twice: the later decision holds
+        sort = 'to_review' if case['label'] is None else 'corrections'
+        write_json(place/f'{name}.json', {k: case[k] for k in ('when', 'who', 'model', 'suggested', 'confidence', 'label')} | {'consent': digest_of(case['consent']), 'consent_id': case['consent']['id']})
         if case['label'] is not None: examples[name] = Example(name, f"{name}{MEDIA[case['media']]}", case['label'])
         told[sort] += 1
     if examples or (target/'examples.jsonl').exists(): save_examples(list(examples.values()), target/'examples.jsonl')

@@ -21,7 +21,7 @@ ROWS_TOPIC, ACK_TOPIC = 'edgenb/v1/rows/', 'edgenb/v1/ack/'   # and the device
 def broker(url: str) -> tuple:   # (host, port, user, password, tls)
     "The parts of mqtts://user:password@host:port; mqtt:// for a broker on this machine."
     at = urlsplit(url)
-    if at.scheme not in ('mqtt', 'mqtts') or not at.hostname: raise EdgenbError(f'{url} is no address of a broker: mqtts://host, or mqtt://localhost without TLS')
+    if at.scheme not in ('mqtt', 'mqtts') or not at.hostname: raise EdgenbError(f'{url.rpartition("@")[2]} is no address of a broker: mqtts://host, or mqtt://localhost without TLS')   # without the password
     if at.scheme == 'mqtt' and at.hostname not in ('localhost', '127.0.0.1', '::1'): raise EdgenbError('telemetry goes over mqtts://, and without TLS only to a broker on this machine')
     return at.hostname, at.port or (8883 if at.scheme == 'mqtts' else 1883), unquote(at.username or ''), unquote(at.password or ''), at.scheme == 'mqtts'
 

@@ -9,10 +9,11 @@ __all__ = ['public_key', 'configure', 'setup_of', 'outbox_at', 'by_stick', 'mach
 import json, shutil, sys, threading, time
 from pathlib import Path
 import edgenb
-from ..core import EdgenbError, within, write_json
+from ..core import EdgenbError, json_text, within, write_json
 from .envelope import new_key, public_of
-from .outbox import Outbox, export_files, import_acks, send
-from .schema import UPDATE_STATES, is_hex
+from .keys import write_private
+from .outbox import Damaged, Outbox, export_files, https, import_acks, send, set_aside
+from .schema import UPDATE_STATES, Refused, is_hex
 
 # %% ../../nbs/fleet/reporter.ipynb #6c0a3f7f
 def public_key(root: str | Path   # the agent's folder
@@ -27,10 +28,13 @@ def configure(root: str | Path,
               minutes: int = 60):    # an interval
     "Say whom this device reports to."
     if not is_hex(collector, 64): raise EdgenbError('telemetry: collector must be the 64 hex digits that edgenb collect enrol or key prints')
-    if url and url.split('://')[0] not in ('https', 'http', 'mqtts', 'mqtt'): raise EdgenbError(f'telemetry: {url} must begin with https:// or mqtts://')
+    if url.startswith('mqtt'):
+        from edgenb.fleet.mqtt import broker
+        broker(url)
+    elif url: https(url)
     within('telemetry', 5, 1440, minutes=minutes)
     public_key(root)
-    write_json(Path(root)/'telemetry.json', {'edgenb_telemetry_setup': 1, 'collector': collector, 'url': url, 'minutes': minutes})
+    write_private(Path(root)/'telemetry.json', json_text({'edgenb_telemetry_setup': 1, 'collector': collector, 'url': url, 'minutes': minutes}))   # the address may hold the broker's password
 
 def setup_of(root: str | Path) -> dict | None:
     "Whom the device in `root` reports to; None if to nobody."
@@ -42,14 +46,17 @@ def setup_of(root: str | Path) -> dict | None:
 def outbox_at(root: str | Path, device: str   # its id
              ) -> Outbox | None:
     "The outbox of the agent in `root`; None where telemetry is not set up."
-    setup = setup_of(root)
-    return setup and Outbox(Path(root)/'telemetry.db', device, Path(root)/'telemetry.key', setup['collector'])
+    if (setup := setup_of(root)) is None: return None
+    def made(): return Outbox(Path(root)/'telemetry.db', device, Path(root)/'telemetry.key', setup['collector'], patient=True)
+    try: return made()
+    except Damaged: set_aside(Path(root)/'telemetry.db'); return made()   # nobody comes to a device for that
 
 def by_stick(box: Outbox, folder: str | Path) -> str:
     "Take the acknowledgement that a stick has brought, and write what waits."
-    gone = import_acks(box, folder)
+    try: told = f'{import_acks(box, folder)} rows acknowledged and gone'
+    except Refused: told = "the acknowledgement on the stick is damaged or not by this device's collector, and nothing was deleted"
     files = export_files(box, folder)
-    return f'{gone} rows acknowledged and gone; {box.waiting} rows in {len(files)} files, import them with edgenb collect import'
+    return f'{told}; {box.waiting} rows in {len(files)} files, import them with edgenb collect import'
 
 # %% ../../nbs/fleet/reporter.ipynb #9c8517fe
 def _read(path):
@@ -73,26 +80,51 @@ def version_number(text: str = edgenb.__version__) -> int:
     return sum(min(d, 99)*100**i for i, d in zip((2, 1, 0), digits))
 
 # %% ../../nbs/fleet/reporter.ipynb #64be48e2
+def _json(path):
+    try: found = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError): found = None
+    return found if isinstance(found, dict) else {}
+
+def _this_start() -> str: return _read('/proc/sys/kernel/random/boot_id')   # changes whenever the machine starts; stays on the device
+
 class Reporter:
     "Closes rows and sends them, until it is stopped."
     def __init__(self, box: Outbox, root: str | Path, setup: dict,   # of `setup_of`
                  status=lambda: {},   # {'model': digest, 'state': name} of the agent
-                 clock=time.time, log=lambda text: print(text, file=sys.stderr, flush=True)):
-        self.box, self.root, self.setup, self.status, self.clock, self.log = box, Path(root), setup, status, clock, log
-        self.began, self.closed, self.next_send, self.stopping = clock(), clock(), 0.0, threading.Event()
+                 clock=time.time, steady=time.monotonic, log=lambda text: print(text, file=sys.stderr, flush=True)):
+        self.box, self.root, self.setup, self.status, self.clock, self.steady, self.log = box, Path(root), setup, status, clock, steady, log
+        self.began, self.closed, self.next_send, self.stopping = steady(), clock(), 0.0, threading.Event()   # what is measured from `began` and waited for until `next_send` does not follow a clock that is set
         if 'model' in (told := status()): box.set_model(told['model'])
+        self._running, self._told = self.root/'telemetry.running', None
+        if (last := _json(self._running)).get('machine') == (now := _this_start()) and now: self._crashed(last.get('model'))
+        self._mark()
+
+    def _crashed(self, model):
+        "A row of its own, at once: what crashes again and again may not live for an interval."
+        self.box.observe('edgenb.process.crash.count', 1, model if is_hex(model, 64) else None)
+        try: self.box.close(int(self.clock()//60))
+        except EdgenbError as e: self.log(f'telemetry: {e}')
+
+    def _mark(self):
+        "Leave word that this process runs and which model decides: if it is there at the next start, and the machine has not been started anew meanwhile, the process crashed or was killed."
+        told = {'machine': _this_start(), 'model': self.box.model}
+        if told == self._told: return
+        write_json(self._running, told); self._told = told
 
     def tick(self):
         "Look once; called every half minute."
         now, told = self.clock(), self.status()
         if 'model' in told: self.box.set_model(told['model'])
-        for name, value in machine_facts(self.root).items(): self.box.observe(name, value)
+        self._mark()
+        try: facts = machine_facts(self.root)
+        except (OSError, ValueError): facts = {}   # a driver that answers nonsense must not stop the rest
+        for name, value in facts.items(): self.box.observe(name, value)
         if abs(now - self.closed) >= self.setup['minutes']*60:
-            self.box.observe('edgenb.process.uptime', (now - self.began)/60); self.box.observe('edgenb.agent.version', version_number())
+            self.box.observe('edgenb.process.uptime', (self.steady() - self.began)/60); self.box.observe('edgenb.agent.version', version_number())
             if told.get('state') in UPDATE_STATES: self.box.observe('edgenb.update.state', UPDATE_STATES.index(told['state']))
             self.box.close(int(now//60))
             self.closed = now
-        if self.setup['url'] and now >= self.next_send and self.box.waiting: self.next_send = now + max(30.0, self._send().wait_s)
+        if self.setup['url'] and self.steady() >= self.next_send and self.box.waiting: self.next_send = self.steady() + max(30.0, self._send().wait_s)
 
     def _send(self):
         if not self.setup['url'].startswith('mqtt'): return send(self.box, self.setup['url'])
@@ -101,17 +133,24 @@ class Reporter:
 
     def run(self, every: float = 30.0):   # seconds
         "Until `stop`; then the last row is closed."
-        while not self.stopping.wait(every):
-            try: self.tick()
-            except Exception as e: self.log(f'telemetry: {e if isinstance(e, EdgenbError) else type(e).__name__}; tried again')   # the agent must not notice; other messages may hold anything
+        while not self.stopping.wait(every): self.look()
         try: self.box.set_model(self.status().get('model')); self.box.close(int(self.clock()//60))
         except EdgenbError as e: self.log(f'telemetry: {e}')
+
+    def look(self):
+        "A `tick` that the agent does not notice, whatever goes wrong."
+        try: self.tick()
+        except Damaged:
+            set_aside(self.box.path)
+            self.log('telemetry: the outbox was damaged and is set aside; what waited in it is lost')
+        except Exception as e: self.log(f'telemetry: {e if isinstance(e, EdgenbError) else type(e).__name__}; tried again')   # other messages may hold anything
 
     def start(self) -> 'Reporter':
         "In a thread of its own."
         self.thread = threading.Thread(target=self.run, name='telemetry', daemon=True); self.thread.start()
         return self
 
-    def stop(self):
+    def stop(self, well: bool = True):   # False: an error ends the process
         "Close the last row."
         self.stopping.set(); self.thread.join(10)
+        if well: self._running.unlink(missing_ok=True)

@@ -112,7 +112,7 @@ LONGEST = 6_000                                                    # bytes of a 
 ROW = ('at', 'boot', 'device', 'metrics', 'model', 'seq')
 REASONS = {'size': 'it is too long', 'json': 'it is not JSON, or says a name twice', 'form': 'it is not written as edgenb writes it', 'field': 'it has other fields than a row has',
            'metric': 'it has a metric that is not in the table', 'value': 'a value is not one that its metric allows', 'few': 'a metric is of fewer decisions than may be told',
-           'device': 'the device is not enrolled', 'signature': 'it is not signed by the device it names', 'model': 'the model is not known here', 'version': 'its table of metrics is another version'}
+           'device': 'the device is not enrolled', 'signature': 'it is not signed by the device it names', 'model': 'the model is not known here', 'version': 'its table of metrics is another version', 'gap': 'rows before these are missing: a file is missing or was not taken'}
 
 class Refused(EdgenbError):
     "A row or envelope that is not taken. The message never repeats what was in it: messages end up in logs."
