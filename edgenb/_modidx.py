@@ -671,6 +671,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'edgenb.fleet.controller.begin': ('fleet/controller.html#begin', 'edgenb/fleet/controller.py'),
                                          'edgenb.fleet.controller.folder_of': ( 'fleet/controller.html#folder_of',
                                                                                 'edgenb/fleet/controller.py'),
+                                         'edgenb.fleet.controller.go_on': ('fleet/controller.html#go_on', 'edgenb/fleet/controller.py'),
                                          'edgenb.fleet.controller.keep': ('fleet/controller.html#keep', 'edgenb/fleet/controller.py'),
                                          'edgenb.fleet.controller.kept': ('fleet/controller.html#kept', 'edgenb/fleet/controller.py'),
                                          'edgenb.fleet.controller.now_minute': ( 'fleet/controller.html#now_minute',
