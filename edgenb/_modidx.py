@@ -612,6 +612,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'edgenb.fleet.collector._handler': ('fleet/collector.html#_handler', 'edgenb/fleet/collector.py'),
                                         'edgenb.fleet.collector._insert': ('fleet/collector.html#_insert', 'edgenb/fleet/collector.py'),
                                         'edgenb.fleet.collector._known': ('fleet/collector.html#_known', 'edgenb/fleet/collector.py'),
+                                        'edgenb.fleet.collector._outcomes_settled': ( 'fleet/collector.html#_outcomes_settled',
+                                                                                      'edgenb/fleet/collector.py'),
                                         'edgenb.fleet.collector._readable': ('fleet/collector.html#_readable', 'edgenb/fleet/collector.py'),
                                         'edgenb.fleet.collector._since': ('fleet/collector.html#_since', 'edgenb/fleet/collector.py'),
                                         'edgenb.fleet.collector.accept': ('fleet/collector.html#accept', 'edgenb/fleet/collector.py'),

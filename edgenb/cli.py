@@ -616,6 +616,7 @@ def command_agent_rollback(args: argparse.Namespace):
          argument('--margin', metavar='1%', help='points more errors that do not matter (default 1%%)'),
          argument('--window', action='append', default=[], metavar='WHEN', help="maintenance window in the devices' local time, such as 'mon-fri 22:00-04:00'; may be repeated"),
          argument('--soak-hours', type=float, metavar='H', help='a stage lasts at least'),
+         argument('--label-delay-hours', type=float, metavar='H', help='nearly all labels are there within that time; earlier ones of a canary do not count (default 24)'),
          argument('--deadline-hours', type=float, metavar='H', help='a stage must have decided within'),
          argument('--at-deadline', choices=('pause', 'promote'), help='then: a person decides (default), or it goes on if no guard rings'),
          argument('--replaces', metavar='DIGEST', help="the bundle that devices run now, or 'nothing' (default: what the last campaign left)"),
@@ -629,7 +630,7 @@ def command_ship(args: argparse.Namespace):
     from edgenb.core import EdgenbError
     from edgenb.fleet.controller import begin, folder_of, plan_ship, plan_text, policy_for, publisher, read_inventory, standing_text
     devices = read_inventory(args.inventory)
-    policy = policy_for(len(devices), args.canary, args.stages, args.guard, args.alpha, args.margin, args.at_deadline, args.deadline_hours, args.soak_hours, args.window)
+    policy = policy_for(len(devices), args.canary, args.stages, args.guard, args.alpha, args.margin, args.at_deadline, args.deadline_hours, args.soak_hours, args.label_delay_hours, args.window)
     campaign = plan_ship(args.bundle, args.repository, devices, policy, args.replaces, args.id, agent=args.agent)
     print(plan_text(campaign, policy, devices))
     if args.dry_run: return print('dry run: nothing was signed')

@@ -367,10 +367,10 @@ def test_an_inventory_that_cannot_be_used_is_refused(tmp_path, name, text):
 def test_the_plan_names_the_numbers_that_matter():
     p = policy_for(340, guards=['latency_p99=50ms', 'drift=off'])
     text = plan_text(campaign(stages=p.stages), p, fleet())
-    assert '17 devices in 12 of 12 sites' in text and '50 ms' in text and 'alarms of drift' not in text and 'at most 5 %' in text
+    assert '17 devices in 12 of 12 sites' in text and '50 ms' in text and 'more than 64 ms' in text and 'from 24 h after' in text and 'alarms of drift' not in text and 'at most 5 %' in text
 
 
-@pytest.mark.parametrize('kw', [{'canary': 'few'}, {'stages': '5;100'}, {'alpha': 0.0}, {'alpha': 0.7}, {'margin': '0%'}, {'deadline_hours': 0.1}, {'guards': ['x=1']}, {'windows': ['always']}])
+@pytest.mark.parametrize('kw', [{'canary': 'few'}, {'stages': '5;100'}, {'alpha': 0.0}, {'alpha': 0.7}, {'margin': '0%'}, {'deadline_hours': 0.1}, {'guards': ['x=1']}, {'guards': ['latency_p99=40000ms']}, {'label_delay_hours': -1.0}, {'windows': ['always']}])
 def test_a_plan_that_makes_no_sense_is_refused(kw):
     with pytest.raises(EdgenbError): policy_for(340, **kw)
 
@@ -401,16 +401,13 @@ def test_watch_does_not_end_before_the_rollback_that_it_wrote_down_is_signed(tmp
     devices, signs = fleet(60), Busy()
     folder = begin(tmp_path/'c', campaign(devices, stages=policy(60).stages), policy(60), devices, signs, T0).folder
     db = collected(tmp_path, devices)
-    monkeypatch.setattr(collector, 'evidence', lambda telemetry, c, began, since, now: replace_look(devices, c, since, now))
+    monkeypatch.setattr(collector, 'evidence', lambda telemetry, c, began, since, now, label_delay: simulated(devices, 0.2)(c, began, since, now))
     signs.broken = True
     def wait(seconds):
         if signs.tried >= 3: signs.broken = False
         assert signs.tried < 10
     assert watch(folder, db, signs, wait=wait) == 1
     assert Standing(folder).campaign.state == 'rolled-back' and signs.there.state == 'rolled-back'
-
-
-def replace_look(devices, c, since, now): return simulated(devices, 0.2)(c, None, since, now)
 
 
 def test_a_persons_decision_that_could_not_be_signed_is_signed_when_it_is_made_again(tmp_path):
@@ -434,6 +431,31 @@ def test_the_release_before_the_last_cannot_be_rolled_back_as_if_devices_followe
     begin(tmp_path/'c', start(devices, 'scratches', 'c'*64, NEW, policy(60).stages, id='two'), policy(60), devices, signed.append, T0 + 3)
     with pytest.raises(EdgenbError, match='two .running'): act(one, 'rollback', 'worse', signed.append, T0 + 4)
     assert Standing(one).campaign.state == 'aborted'
+
+
+# ---- labels that come late
+
+@pytest.mark.parametrize('right_h, wrong_h, worse, fooled, judged', [(24, 2, 0.0, (False, False), (True, True)), (2, 24, 0.03, (True, True), (False, False))])
+def test_labels_that_come_later_for_right_or_wrong_decisions_do_not_judge_a_release(tmp_path, right_h, wrong_h, worse, fooled, judged):
+    """(holds, allowed to go on), counted from the update and counted after a day. In its first hours a canary has only the quick labels, controls have those of the days before as well:
+    a good release was sent back where wrong ones are found first, one that errs in 6 % instead of 3 went to everybody where they are found last."""
+    from edgenb.fleet import collector
+    from edgenb.fleet.guards import judge_labels
+    devices = fleet(60)
+    db, c = collected(tmp_path, devices), campaign([{**d, 'id': f'{n:032x}'} for n, d in enumerate(devices)], stages=(20, 100))
+    for digest in (OLD, NEW): collector.accept(db, digest)
+    members = cohort([{**d, 'id': f'{n:032x}'} for n, d in enumerate(devices)], c.to_dict())
+    def rows():
+        for hour in range(-72, 72):
+            for n, on_new in enumerate(members & (hour > 0)):
+                share = 0.03 + worse*on_new
+                right, wrong = (int(round(1000*v))*(not on_new or hour > late) for v, late in ((1 - share, right_h), (share, wrong_h)))
+                yield n + 1, hour + 80, T0 + 60*hour, 2 if on_new else 1, json.dumps({'edgenb.interval.duration': 60, 'edgenb.outcome.count': right + wrong, 'edgenb.outcome.error.count': wrong})
+    with collector.store(db, write=True) as d: d.executemany('INSERT INTO rows (device, boot, seq, at, received, clock, model, metrics) VALUES (?, 0, ?, ?, 0, 0, ?, ?)', list(rows()))
+    def said(hours, delay):
+        v, allowed = judge_labels(0.01, collector.evidence(db, c.to_dict(), T0, T0, T0 + 60*hours, label_delay=delay), 0.0125, 0.05)
+        return v.holds, allowed
+    assert said(23, 0) == fooled and said(23, 24*60)[1] is False and said(70, 26*60) == judged
 
 
 # ---- where nothing can be shown

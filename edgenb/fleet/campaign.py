@@ -140,6 +140,7 @@ class Policy:
     windows: tuple            # maintenance windows
     look_minutes: int         # between two looks of `watch`
     why: dict = field(default_factory=dict)   # choice -> the reason
+    label_delay_hours: float = 0.0            # nearly all labels are there within that time; outcomes of a canary count from so long after its update (0 in logs of before there was this)
 
     def to_dict(self) -> dict:
         "As JSON."
@@ -154,20 +155,21 @@ class Policy:
 
     def checked(self) -> 'Policy':
         "Itself, its numbers in their ranges."
-        within('policy', 1e-6, 0.5, alpha=self.alpha, margin=self.margin); within('policy', 0, 1e5, soak_hours=self.soak_hours, patience_hours=self.patience_hours)
+        within('policy', 1e-6, 0.5, alpha=self.alpha, margin=self.margin); within('policy', 0, 1e5, soak_hours=self.soak_hours, patience_hours=self.patience_hours, label_delay_hours=self.label_delay_hours)
         within('policy', self.soak_hours, 1e5, deadline_hours=self.deadline_hours); within('policy', 0.01, 1, quorum=self.quorum); within('policy', 1, 1440, look_minutes=self.look_minutes)
         if self.at_deadline not in ('pause', 'promote'): raise EdgenbError(f"policy: at_deadline = {self.at_deadline!r} must be 'pause' or 'promote'")
         return self
 
 WHY = {'alpha': 'a good model sent back costs a release; a bad one that stays costs trust: 5 % of either at most, 1 % where thousands of devices follow',
        'guards': 'those that need no limit of yours: crashes, drift alarms, confidence, silence, failed installs; add latency_p99 and memory with your own limits',
+       'label_delay_hours': 'right and wrong are not found out equally soon: of its first day a canary has only the quick labels, its controls have all',
        'at_deadline': 'what could not be shown in time is for a person to decide', 'patience_hours': 'a person who does not decide for a fortnight has decided: the old model is the one that is known'}
 
 def policy(devices: int) -> Policy:
     "Defaults for a fleet of that many devices."
     within('policy', 1, 10**9, devices=devices)
     guards = {'crashes': 0, 'drift': 0, 'confidence': 0.1, 'silent': 24, 'failed': 10}
-    common = dict(margin=0.01, guards=guards, at_deadline='pause', patience_hours=336, windows=(), look_minutes=15)
+    common = dict(margin=0.01, guards=guards, at_deadline='pause', patience_hours=336, windows=(), look_minutes=15, label_delay_hours=24)
     if devices <= 10:
         first = (100,) if devices == 1 else (float(f'{100/devices:.4g}'), 100)
         return Policy('1-10', 'copied, or by USB stick', 'as needed', 'the previous file stays on the device', first, 0.05, soak_hours=24, deadline_hours=168, quorum=1.0, **common,

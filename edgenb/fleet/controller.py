@@ -273,6 +273,7 @@ def plan_text(c: Campaign, p: Policy, devices: list) -> str:
     "What would be shipped to whom, and by which rules."
     from edgenb.fleet.campaign import stage_alpha
     from edgenb.fleet.guards import GUARDS, points, shares
+    from edgenb.fleet.schema import EDGES_MS
     from edgenb.fleet.sequential import outcomes_needed
     lines, at = [f'campaign {c.id}: {c.name}, bundle {c.release[:12]} in place of {(c.replaces or "nothing")[:12]}, for a fleet of {len(devices)} ({p.size}: {p.how})'], c
     sites = len({d['site'] for d in devices})
@@ -283,8 +284,8 @@ def plan_text(c: Campaign, p: Policy, devices: list) -> str:
         if i + 1 < len(c.stages): at = promote(at, devices, 'plan')
     part = shares(['labels', *p.guards], stage_alpha(p.alpha, 0, len(c.stages)))
     lines.append(f'labels: goes on when canaries are shown to err less than {points(p.margin)} more often than controls; if they are no worse, after about '
-                 + ', '.join(f'{outcomes_needed(r, p.margin, p.alpha):,.0f} labelled outcomes where {100*r:g} % are wrong' for r in (0.01, 0.03, 0.1)) + ' (arithmetic; more where devices differ)')
-    lines += [f"guard {n}: {f'more than {l:g} % of those that tried' if n == 'failed' else 'canaries, more often than controls,'} {GUARDS[n].said.format(limit=l)}; rings at {1/part[n]:.0f}" for n, l in p.guards.items()]
+                 + ', '.join(f'{outcomes_needed(r, p.margin, p.alpha):,.0f} labelled outcomes where {100*r:g} % are wrong' for r in (0.01, 0.03, 0.1)) + f' (arithmetic; more where devices differ). Counted from {p.label_delay_hours:g} h after a device has updated: nearly all labels must be there by then')
+    lines += [f"guard {n}: {f'more than {l:g} % of those that tried' if n == 'failed' else 'canaries, more often than controls,'} {GUARDS[n].said.format(limit=l)}; rings at {1/part[n]:.0f}" + (f'. Latencies are told in bins: certainly above is what took more than {next(e for e in EDGES_MS if e >= l*(1 - 1e-9)):.4g} ms' if n == 'latency_p99' else '') for n, l in p.guards.items()]
     lines.append(f'a release which is no worse is sent back by mistake with a probability of at most {100*p.alpha:g} %; one that errs {points(p.margin)} more often passes the first stage with a probability of at most {100*p.alpha:g} %')
     lines.append('windows: ' + ('; '.join(f"{w['days']} {w['from']}-{w['to']}" for w in c.windows) or 'any time') + f'; at a deadline: {p.at_deadline}; rollback: {p.rollback}')
     return '\n'.join(lines + [f'why {k}: {v}' for k, v in p.why.items()])
@@ -310,7 +311,7 @@ def policy_for(devices: int,
                stages: str | None = None,   # '5,25,50,100'
                guards: list = (),           # 'latency_p99=50ms', 'drift=off', ...
                alpha: float | None = None, margin: str | None = None,   # margin: '1%'
-               at_deadline: str | None = None, deadline_hours: float | None = None, soak_hours: float | None = None,
+               at_deadline: str | None = None, deadline_hours: float | None = None, soak_hours: float | None = None, label_delay_hours: float | None = None,
                windows: list = ()           # 'mon-fri 22:00-04:00', ...
               ) -> Policy:
     "The policy for a fleet of that size, changed where something was asked for."
@@ -322,7 +323,7 @@ def policy_for(devices: int,
         asked['stages'] = (first, *[s for s in asked.get('stages', p.stages)[1 if stages else 0:] if s > first])
     shown = parse_guards(guards)
     asked['guards'] = {n: l for n, l in (p.guards | shown).items() if l is not None}
-    asked |= {k: v for k, v in (('alpha', alpha), ('at_deadline', at_deadline), ('deadline_hours', deadline_hours), ('soak_hours', soak_hours)) if v is not None}
+    asked |= {k: v for k, v in (('alpha', alpha), ('at_deadline', at_deadline), ('deadline_hours', deadline_hours), ('soak_hours', soak_hours), ('label_delay_hours', label_delay_hours)) if v is not None}
     if margin is not None: asked['margin'] = per_cent(margin)/100
     if windows: asked['windows'] = tuple(window_of(w) for w in windows)
     changed = [k for k in asked if asked[k] != getattr(p, k)]
@@ -358,8 +359,9 @@ def watch(folder: str | Path, telemetry: str | Path, publish: Callable, once: bo
             try: publish(o.campaign)
             except EdgenbError as e: print(e, flush=True)
     for digest in filter(None, (Standing(folder).campaign.release, Standing(folder).campaign.replaces)): accept(telemetry, digest)   # or its canaries' rows would be refused
+    wait_labels = int(60*Standing(folder).policy.label_delay_hours)
     while True:
-        try: d = step(folder, lambda c, began, since, now: evidence(telemetry, c, began, since, now), publish, read_inventory(telemetry))
+        try: d = step(folder, lambda c, began, since, now: evidence(telemetry, c, began, since, now, label_delay=wait_labels), publish, read_inventory(telemetry))
         except (EdgenbError, OSError) as e:
             if once: raise
             print(f'{datetime.datetime.now():%Y-%m-%d %H:%M} {e}; trying again', flush=True)
