@@ -616,7 +616,7 @@ def command_agent_rollback(args: argparse.Namespace):
          argument('--margin', metavar='1%', help='points more errors that do not matter (default 1%%)'),
          argument('--window', action='append', default=[], metavar='WHEN', help="maintenance window in the devices' local time, such as 'mon-fri 22:00-04:00'; may be repeated"),
          argument('--soak-hours', type=float, metavar='H', help='a stage lasts at least'),
-         argument('--label-delay-hours', type=float, metavar='H', help='nearly all labels are there within that time; earlier ones of a canary do not count (default 24)'),
+         argument('--label-delay-hours', type=float, metavar='H', help='nearly all labels are there within that time; outcomes count from so long after a stage began and a canary has updated (default 24)'),
          argument('--deadline-hours', type=float, metavar='H', help='a stage must have decided within'),
          argument('--at-deadline', choices=('pause', 'promote'), help='then: a person decides (default), or it goes on if no guard rings'),
          argument('--replaces', metavar='DIGEST', help="the bundle that devices run now, or 'nothing' (default: what the last campaign left)"),

@@ -367,7 +367,7 @@ def test_an_inventory_that_cannot_be_used_is_refused(tmp_path, name, text):
 def test_the_plan_names_the_numbers_that_matter():
     p = policy_for(340, guards=['latency_p99=50ms', 'drift=off'])
     text = plan_text(campaign(stages=p.stages), p, fleet())
-    assert '17 devices in 12 of 12 sites' in text and '50 ms' in text and 'more than 64 ms' in text and 'from 24 h after' in text and 'alarms of drift' not in text and 'at most 5 %' in text
+    assert '17 devices in 12 of 12 sites' in text and '50 ms' in text and 'more than 64 ms' in text and '24 h after a stage' in text and 'alarms of drift' not in text and 'at most 5 %' in text
 
 
 @pytest.mark.parametrize('kw', [{'canary': 'few'}, {'stages': '5;100'}, {'alpha': 0.0}, {'alpha': 0.7}, {'margin': '0%'}, {'deadline_hours': 0.1}, {'guards': ['x=1']}, {'guards': ['latency_p99=40000ms']}, {'label_delay_hours': -1.0}, {'windows': ['always']}])

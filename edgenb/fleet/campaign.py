@@ -140,7 +140,7 @@ class Policy:
     windows: tuple            # maintenance windows
     look_minutes: int         # between two looks of `watch`
     why: dict = field(default_factory=dict)   # choice -> the reason
-    label_delay_hours: float = 0.0            # nearly all labels are there within that time; outcomes of a canary count from so long after its update (0 in logs of before there was this)
+    label_delay_hours: float = 0.0            # nearly all labels are there within that time; outcomes count from so long after the stage began, and for a canary after its update (0 in logs of before there was this)
 
     def to_dict(self) -> dict:
         "As JSON."

@@ -307,11 +307,10 @@ BEGAN = "r.at - coalesce(json_extract(r.metrics, '$.\"edgenb.interval.duration\"
 
 def _since(db, model, since, until): return {f['device']: f for f in totals(db, JUDGED, ('device',), f'm.digest IS ? AND {BEGAN} >= ? AND r.at < ?', (model, since, until))}
 
-def _outcomes_settled(db, found, model, since, until, wait):
-    "Outcomes in `found` only from rows that began so many minutes after a device's first one with the model; before, only what is labelled quickly is there."
-    first = dict(db.execute(f'SELECT r.device, min({BEGAN}) FROM rows r JOIN models m ON m.id = r.model WHERE m.digest = ? GROUP BY r.device', (model,)))
-    db.create_function('counts_from', 1, lambda id: first.get(id, 0) + wait)
-    later = {f['device']: f for f in totals(db, JUDGED[:2], ('device',), f'm.digest IS ? AND {BEGAN} >= max(?, counts_from(r.device)) AND r.at < ?', (model, since, until))}
+def _outcomes_from(db, found, model, since, until, begins: dict):   # begins: device's number -> minute
+    "`found` with outcomes of rows that began at `since` or later, and of a device in `begins` not before that."
+    db.create_function('begins', 1, lambda id: begins.get(id, 0))
+    later = {f['device']: f for f in totals(db, JUDGED[:2], ('device',), f'm.digest IS ? AND {BEGAN} >= max(?, begins(r.device)) AND r.at < ?', (model, since, until))}
     return {d: f | {n: later.get(d, {}).get(n) for n in JUDGED[:2]} for d, f in found.items()}
 
 def evidence(path: str | Path,             # of the store
@@ -319,7 +318,7 @@ def evidence(path: str | Path,             # of the store
              began: int, since: int,       # minutes: when the campaign began, when its stage began
              until: int | None = None,     # minute up to which rows are read; default: now
              before_days: int = 28,        # of the devices' own past
-             label_delay: int = 0          # minutes within which nearly all labels are there: so long after its update a canary's outcomes are not counted
+             label_delay: int = 0          # minutes within which nearly all labels are there: outcomes count from so long after the stage began, and for a canary after its update
             ):                             # edgenb.fleet.sequential.Evidence
     "What the collector knows about a campaign's stage."
     from edgenb.fleet.cohorts import takes_part
@@ -328,7 +327,9 @@ def evidence(path: str | Path,             # of the store
     with store(path) as db:
         devices = [{'id': d, 'site': s, 'hardware': h} for d, s, h in db.execute('SELECT device, site, hardware FROM devices WHERE retired IS NULL ORDER BY id')]
         new, old, last = _since(db, campaign['release'], since, until), _since(db, campaign['replaces'], since, until), newest(db)
-        if label_delay: new = _outcomes_settled(db, new, campaign['release'], since, until, label_delay)
+        if label_delay:      # of the first hours with a release there are only the labels that come quickly; both arms over the same time
+            begins = {i: m + label_delay for i, m in db.execute(f'SELECT r.device, min({BEGAN}) FROM rows r JOIN models m ON m.id = r.model WHERE m.digest = ? GROUP BY r.device', (campaign['release'],))}
+            new, old = _outcomes_from(db, new, campaign['release'], since + label_delay, until, begins), _outcomes_from(db, old, campaign['replaces'], since + label_delay, until, {})
         past = {f['device']: f for f in totals(db, JUDGED, ('device',), 'm.digest IS ? AND r.at >= ? AND r.at < ?', (campaign['replaces'], began - before_days*1440, began))}
         fell = {d for d, in db.execute("SELECT DISTINCT d.device FROM rows r JOIN devices d ON d.id = r.device WHERE r.at >= ? AND r.at < ? AND (json_extract(r.metrics, '$.\"edgenb.update.fallback.count\"') > 0 OR json_extract(r.metrics, '$.\"edgenb.agent.health\"') = 0)", (since, until))}
     cohort = np.array([takes_part(campaign, d) for d in devices], bool)

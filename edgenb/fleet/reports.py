@@ -48,7 +48,7 @@ def spread_over(rng, decisions: np.ndarray, shares: np.ndarray) -> np.ndarray:  
 class Reports:
     "What is known of each device by now. The telemetry from before the campaign is there."
     def __init__(self, fleet: Fleet,
-                 label_delay_h: float = 0.0   # outcomes of a canary count from so long after its update, as the controller's policy says
+                 label_delay_h: float = 0.0   # outcomes count from so long after the stage began, and for a canary after its update, as the controller's policy says
                 ):
         n, w = len(fleet), fleet.world
         self.label_delay_h, self.fleet, self.rng, zero = label_delay_h, fleet, np.random.default_rng([fleet.seed, 2]), np.zeros(n)
@@ -86,7 +86,7 @@ def collect(r: Reports, d: Devices):
     for counts in (r.n, r.errors, r.crashes, r.drift, r.latency, r.confidence): counts[changed] = 0
     r.on_new[i] = new
     start = np.where(new, d.since[i], np.where(np.isfinite(d.left[i]), d.left[i], -np.inf))
-    begin, end = np.maximum(r.labels_to[i], start + np.where(new, np.maximum(0, r.label_delay_h - r.fleet.delay[i]), 0)), d.now - r.fleet.delay[i]
+    begin, end = np.maximum(r.labels_to[i], np.maximum(start, r.since) + np.maximum(0, r.label_delay_h - r.fleet.delay[i])), d.now - r.fleet.delay[i]
     r.labels_to[i] = np.maximum(begin, end)
     some = end > begin
     _label(r, i[some], new[some], begin[some], end[some])

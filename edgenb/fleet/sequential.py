@@ -21,7 +21,7 @@ class Evidence:
     """What is known of each of d devices at one moment of a campaign's stage. Counts are sums over telemetry rows; both arms are counted over the same calendar time, so that a season cancels.
 
     `n_before`, `errors_before` and `confidence_before`: from a fixed time before the *campaign* began, for every device alike. Everything else: from `since`, the beginning of the *stage*
-    (for a canary that updated later, from its update; its outcomes from a day after that, when late labels are there too). Guards of which nothing was collected are None. Histograms have one column more than edges:
+    (for a canary that updated later, from its update; outcomes from a day after that in both arms, when late labels are there too). Guards of which nothing was collected are None. Histograms have one column more than edges:
     column i counts values in (edges[i-1], edges[i]], the last one what lies above all edges (OpenTelemetry's explicit bounds)."""
     since: int                      # epoch minute at which the stage began
     at: int                         # epoch minute up to which rows were read

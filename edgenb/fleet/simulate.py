@@ -104,6 +104,7 @@ def rehearse(world: World = World(), seed: int = 0, judge: Callable = decide,
     "Simulate one campaign."
     p = policy or default_policy(world.devices)
     d, r, c, inventory = begin(world, seed, p)
+    if getattr(judge, 'func', judge) is not decide: r.label_delay_h = 0.0     # people who peek do not wait for late labels
     asked, looks, grids, log, paused = cohort(inventory, c.to_dict()), [], [], [{'hour': 0.0, 'action': 'start', 'stage': c.stages[0], 'reason': c.reason}], math.inf
     def note(guards=()):
         if not pictures: return
