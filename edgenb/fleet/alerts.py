@@ -24,7 +24,7 @@ class Limits:
     hot: tuple = (85, 78)                   # Celsius
     disk_gb: tuple = (1.0, 1.5)             # free
     slower: tuple = (2.0, 1.5)              # times its own 99th percentile of the week before
-    crashes: tuple = (4, 2)                 # crashes and starts in a day
+    crashes: tuple = (4, 2)                 # crashes or starts in a day
     drift_alarms_per_month: float = 1.0     # that the detector promises for one device
     false_alarms_per_month: float = 1.0     # of the whole fleet, for each of `drifting` and `different`
     calm_minutes: int = 60                  # that a matter must be over before it closes
@@ -129,8 +129,8 @@ def _of_a_device(d, day, week, last, minute, limits, ring, models):
     if not day: return
     if (hot := day['edgenb.device.temperature']) is not None: yield 'hot', held_against(last['metrics'].get('edgenb.device.temperature', hot), limits.hot), f"it is at {last['metrics'].get('edgenb.device.temperature', hot)} °C, {hot} °C at most today" + (f", slowed down {day['edgenb.device.throttled']} % of the time" if day['edgenb.device.throttled'] else '')
     if (free := last['metrics'].get('edgenb.device.disk.free')) is not None: yield 'low-disk', held_against(free/2**30, limits.disk_gb), f'{free/2**30:.2g} GB of its disk are free'
-    fell = (day['edgenb.process.crash.count'] or 0) + (day['edgenb.process.restart.count'] or 0)
-    yield 'crash-loop', held_against(fell, limits.crashes), f'{fell} crashes and starts in a day'
+    fell = max(day['edgenb.process.crash.count'] or 0, day['edgenb.process.restart.count'] or 0)     # after a crash there is a start
+    yield 'crash-loop', held_against(fell, limits.crashes), f'{fell} crashes or starts in a day'
     rang = day['edgenb.drift.alarm.count'] or 0
     yield 'drifting', held_against(rang, (ring, max(1, ring - 1))), f'its drift detector rang {rang} times in a day; by chance {ring - 1} or fewer'
     now, before = (np.array((f or {}).get('edgenb.decision.duration') or [0]) for f in (day, week))
