@@ -147,9 +147,7 @@ def run(root: Path, port: int | None = None):
         crashed = beside.enter_context(_running(agent.root))
         if box and crashed: _tell_crash(box, agent.store.load().serving())
         agent.machine.step()   # serve first
-        if box:
-            reporter = Reporter(box, root, setup_of(root), lambda: _told(agent.machine)).start()
-            beside.push(lambda kind, *_: reporter.stop(well=kind is None))
+        if box: beside.callback(Reporter(box, root, setup_of(root), lambda: _told(agent.machine)).start().stop)
         print(f'edgenb agent: device {agent.device.id}, http://127.0.0.1:{agent.listen(port)}, {agent.machine.why}', flush=True)
         agent.run()
     print('edgenb agent: stopped', flush=True)
@@ -171,7 +169,7 @@ def _tell_crash(box, held):
     "On the disk at once: a model that crashes every half hour would never come to close a row of its own."
     model = held.digest if held else None
     try: box.set_model(model); box.observe('edgenb.process.crash.count', 1, model); box.close()
-    except EdgenbError as e: print(f'edgenb agent: telemetry: {e}', flush=True)
+    except EdgenbError as e: print(f'edgenb agent: telemetry: {e}', file=sys.stderr, flush=True)
 
 
 def _told(machine) -> dict:
