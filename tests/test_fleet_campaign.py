@@ -33,7 +33,8 @@ def seen(c, hours, devices=None, errors=0.03, n=250, offline=0, crashed=0, befor
                     errors=rng.binomial(counts, np.where(arm == 1, errors, 0.03)), last_seen=T0 + np.where(arm >= 0, int(60*hours), -14_400), crashes=crashes)
 
 
-def at(c, hours, p=None, **kw): return decide(c, seen(c, hours, **kw), T0 + int(60*hours), p or policy(340))
+THREE_DAYS = replace(policy(340), deadline_hours=72)
+def at(c, hours, p=THREE_DAYS, **kw): return decide(c, seen(c, hours, **kw), T0 + int(60*hours), p)
 
 
 # ---- the signed document
@@ -142,7 +143,7 @@ def test_a_device_that_is_offline_is_not_evidence_of_a_bad_model():
 
 
 def test_a_stage_past_its_deadline_goes_on_if_the_policy_says_so_but_not_on_nothing():
-    p = replace(policy(340), at_deadline='promote')
+    p = replace(THREE_DAYS, at_deadline='promote')
     d = at(campaign(), 73, p, n=4, offline=9)
     assert d.action == 'promote' and 'the policy is to go on' in d.reason
     assert at(campaign(), 73, p, offline=17).action == 'stuck' and at(campaign(), 73, p, errors=0.06).action == 'rollback'
@@ -501,21 +502,24 @@ def test_one_device_that_was_never_heard_with_the_release_does_not_complete_it()
 
 # ---- with a repository and the command line
 
+def bundle(folder, name) -> str:   # its digest
+    from edgenb.core import digest, digest_of, write_json
+    folder.mkdir()
+    for n, text in {'pipeline.json': '{}', 'reference.sketch': '', 'model.bin': folder.name, 'card.json': '{"lineage": []}'}.items(): (folder/n).write_text(text)
+    manifest = {'edgenb_bundle': 1, 'name': name, 'runtime': 'onnxruntime', 'model': 'model.bin', 'warnings': [], 'files': {p.name: digest(p) for p in sorted(folder.iterdir())}}
+    write_json(folder/'manifest.json', manifest | {'digest': digest_of(manifest)})
+    return digest_of(manifest)
+
+
 @pytest.fixture
 def published(tmp_path, monkeypatch):
     keys, repository = pytest.importorskip('edgenb.fleet.keys'), pytest.importorskip('edgenb.fleet.repository')
-    from edgenb.core import digest, digest_of, write_json
     monkeypatch.setenv('EDGENB_PASSPHRASE', 'correct horse battery staple')
     word = lambda _: b'correct horse battery staple'
     ring, found = keys.ceremony(tmp_path/'keys', word), []
     signers = keys.unlock(tmp_path/'keys', passphrase=word)
     repo = repository.create(tmp_path/'fleet', ring, signers, bins=4)
-    for weights in ('one', 'two'):
-        folder = tmp_path/weights; folder.mkdir()
-        for n, text in {'pipeline.json': '{}', 'reference.sketch': '', 'model.bin': weights, 'card.json': '{"lineage": []}'}.items(): (folder/n).write_text(text)
-        manifest = {'edgenb_bundle': 1, 'name': 'scratches', 'runtime': 'onnxruntime', 'model': 'model.bin', 'warnings': [], 'files': {p.name: digest(p) for p in sorted(folder.iterdir())}}
-        write_json(folder/'manifest.json', manifest | {'digest': digest_of(manifest)}); found.append(digest_of(manifest))
-        assert repository.publish(repo, folder, signers=signers).done
+    for weights in ('one', 'two'): found.append(bundle(tmp_path/weights, 'scratches')); assert repository.publish(repo, tmp_path/weights, signers=signers).done
     (tmp_path/'devices.csv').write_text('id,site,hardware\n' + ''.join(f"{d['id']},{d['site']},{d['hardware']}\n" for d in fleet()))
     return tmp_path, found, lambda: repository.Repository(tmp_path/'fleet').campaigns()['campaigns']
 
@@ -587,11 +591,19 @@ def test_a_second_campaign_of_a_model_is_not_signed_beside_one_that_runs(signing
 
 def test_the_last_campaign_of_every_model_stays_signed_however_many_there_are(signing):
     "New devices go by it, and those that were away; with twenty other models it used to be gone."
+    from edgenb.fleet.controller import KEEP
+    from edgenb.fleet.keys import unlock
+    from edgenb.fleet.repository import Repository
     publish, root, old, new, signed = signing
-    for n in range(25): publish(start(fleet(12), f'model-{n}', new, old, seed='5eed', id=f'm{n}'))
-    publish(abort(start(fleet(12), 'model-0', new, old, seed='5eed', id='m0'), 'x'))
-    for n in range(2): publish(start(fleet(12), 'model-0', new, old, seed='5eed', id=f'again-{n}')); publish(abort(start(fleet(12), 'model-0', new, old, seed='5eed', id=f'again-{n}'), 'x'))
-    assert {c['name'] for c in signed()} == {f'model-{n}' for n in range(25)} and signed()[-1]['id'] == 'again-1' and not publish(abort(start(fleet(12), 'model-0', new, old, seed='5eed', id='m0'), 'x'))
+    repo, signers = Repository(root/'fleet'), unlock(root/'keys', passphrase=lambda _: b'correct horse battery staple')
+    releases = []
+    for n in range(KEEP + 2):
+        releases.append(bundle(root/f'm{n}', f'model-{n}')); assert repo.publish(root/f'm{n}', signers=signers).done
+        publish(start(fleet(12), f'model-{n}', releases[n], None, seed='5eed', id=f'm{n}'))
+    begun = lambda id: start(fleet(12), 'model-0', releases[0], None, seed='5eed', id=id)
+    publish(abort(begun('m0'), 'x'))
+    for n in range(2): publish(begun(f'again-{n}')); publish(abort(begun(f'again-{n}'), 'x'))
+    assert {c['name'] for c in signed()} == {f'model-{n}' for n in range(KEEP + 2)} and signed()[-1]['id'] == 'again-1' and not publish(abort(begun('m0'), 'x'))
 
 
 def test_a_step_without_a_name_signs_the_end_that_a_killed_controller_left(published, capsys):

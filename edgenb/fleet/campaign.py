@@ -175,14 +175,14 @@ def policy(devices: int) -> Policy:
         return Policy('1-10', 'copied, or by USB stick', 'as needed', 'the previous file stays on the device', first, 0.05, soak_hours=24, deadline_hours=168, quorum=1.0, **common,
                       why=WHY | {'stages': 'one device, a day, then the others: one canary proves nothing by itself, so a person looks and promotes', 'quorum': 'every device is known by name'})
     if devices <= 100:
-        return Policy('10-100', 'device management', 'monthly', 'A/B slots', (10, 50, 100), 0.05, soak_hours=4, deadline_hours=120, quorum=0.8, **common,
-                      why=WHY | {'stages': 'a tenth first, so that there are several canaries; 5 % would be one or two', 'deadline_hours': 'few canaries learn slowly: five days'})
+        return Policy('10-100', 'device management', 'monthly', 'A/B slots', (10, 50, 100), 0.05, soak_hours=4, deadline_hours=168, quorum=0.8, **common,
+                      why=WHY | {'stages': 'a tenth first, so that there are several canaries; 5 % would be one or two', 'deadline_hours': 'few canaries learn slowly: a week'})
     if devices <= 1000:
-        return Policy('100-1,000', 'over the air', 'quarterly', 'staged, with a canary', (5, 25, 50, 100), 0.05, soak_hours=1, deadline_hours=72, quorum=0.8, **common,
-                      why=WHY | {'stages': '5 % can measure one point more errors within hours and is all that a bad model reaches', 'soak_hours': 'the guards that need no labels gate the first hour'})
-    return Policy('1,000+', 'a pipeline of its own', 'in maintenance windows', 'blue-green on servers, A/B slots on devices', (1, 5, 25, 50, 100), 0.01, soak_hours=1, deadline_hours=72, quorum=0.7,
+        return Policy('100-1,000', 'over the air', 'quarterly', 'staged, with a canary', (5, 25, 50, 100), 0.05, soak_hours=1, deadline_hours=240, quorum=0.8, **common,
+                      why=WHY | {'stages': '5 % can measure one point more errors within hours and is all that a bad model reaches', 'soak_hours': 'the guards that need no labels gate the first hour', 'deadline_hours': 'a good model needs days of labels to be shown as good: ten, of the quarter between two releases'})
+    return Policy('1,000+', 'a pipeline of its own', 'in maintenance windows', 'blue-green on servers, A/B slots on devices', (1, 5, 25, 50, 100), 0.01, soak_hours=1, deadline_hours=240, quorum=0.7,
                   **common | {'windows': ({'days': 'mon-sun', 'from': '22:00', 'to': '04:00'},)},
-                  why=WHY | {'stages': '1 % of thousands are canaries enough', 'windows': 'nobody stands beside the devices: updates go in at night, in the local time of each', 'quorum': 'of thousands some are always switched off'})
+                  why=WHY | {'stages': '1 % of thousands are canaries enough', 'deadline_hours': 'as for a smaller fleet: what is not shown by then is for a person', 'windows': 'nobody stands beside the devices: updates go in at night, in the local time of each', 'quorum': 'of thousands some are always switched off'})
 
 # %% ../../nbs/fleet/campaign.ipynb #45f238e2
 @dataclass(frozen=True)
