@@ -105,4 +105,4 @@ def publish(run: Path) -> dict:
     return load_bundle(run/'bundle-one').predict([(run/'x.npy').read_bytes()])[0]
 
 
-if __name__ == '__main__': main(sys.argv[1])
+if __name__ == '__main__': main(sys.argv[1]) if len(sys.argv) == 2 else sys.exit(__doc__)

@@ -5,7 +5,7 @@ defaults (340 devices in 12 plants, 3 % wrong decisions, one in twenty labelled 
 kept in the folder, and an interrupted run goes on.
 
 `rates`: a good model, models that are wrong in 6 % and in 4 % instead of 3 %, and one that is so on one of three hardware classes (a fifth of the fleet), each judged by `decide`, by a gate on installs and by a z-test looked at every hour.
-`people`: what becomes of a good model when the controller cannot decide in time and asks: somebody answers, nobody does, or the policy gives it ten days. `size`: the same at 10,000 devices. `speed`: CPU seconds of one campaign of 10,000 and of 1,000,000 devices.
+`people`: what becomes of a good model when the controller cannot decide in time and asks: somebody answers, nobody does, or nobody does and a stage may last three days only, not ten. `size`: the same at 10,000 devices. `speed`: CPU seconds of one campaign of 10,000 and of 1,000,000 devices.
 """
 import argparse, resource, time
 from dataclasses import replace
@@ -16,7 +16,7 @@ from edgenb.fleet.world import World
 FIRST = 1_000_000
 WORLDS = {'good': World(), '3 -> 6 %': World(change=0.03), '3 -> 4 %': World(change=0.01), '3 -> 6 % on rb5': World(change=0.03, worse_on=('rb5',))}
 JUDGES = {'decide': decide, 'installs': installs, 'peeked z': peeked}
-LONG = {'deadline_hours': 240.0}
+SHORT = {'deadline_hours': 72.0}
 
 
 def share(s): return f"{s['share']:7.1%} [{s['low']:.1%}, {s['high']:.1%}]"
@@ -40,7 +40,7 @@ def people(a):
     for w, world in list(WORLDS.items())[:2]:
         line(w, 'somebody answers', rehearse_many(world, range(FIRST, FIRST + a.seeds), **a.how))
         line(w, 'nobody answers', rehearse_many(world, range(FIRST, FIRST + a.seeds), person_h=None, **a.how))
-        line(w, 'ten days, nobody', rehearse_many(world, range(FIRST, FIRST + a.seeds), person_h=None, policy=replace(policy(340), **LONG), **a.how))
+        line(w, 'three days, nobody', rehearse_many(world, range(FIRST, FIRST + a.seeds), person_h=None, policy=replace(policy(340), **SHORT), **a.how))
 
 def size(a):
     few = max(1, a.seeds//5)

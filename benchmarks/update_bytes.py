@@ -5,7 +5,7 @@ quantizes both as `compile` does, and goes from the first to the second. vision:
 language: SmolLM2-135M-Instruct, LoRA r = 16 on synthetic notes, merged, Q4_K_M; both encoder and language are trained anew from the base, on more notes. synthetic: SmolLM2 with *made-up* low-rank updates of a stated size.
 
 Bytes are those on the line; % of the new file. full: mebibytes by zstd (`chunk_files`); patch-from: zstd with the whole old file as dictionary, long matching, level 10; delta: `make_delta`; bsdiff4: where it is installed.
-adapter: the low-rank weights (and a new head) in 16 bits; no runtime of a bundle applies one beside the weights today, so that column is what could be had. CPU is the processor's seconds on one thread.
+adapter, language: a bundle that keeps base and adapter apart (level `q4_k_m+adapter`), through the same `plan`; else the low-rank weights (and a new head) in 16 bits, by arithmetic: no runtime for those applies one. CPU is the processor's seconds on one thread.
 """
 import argparse, math, shutil, tempfile, time
 from pathlib import Path
@@ -96,20 +96,34 @@ def language(work: Path, threads: int):
     from edgenb.language import ASKED, wordings
     from edgenb.lm import base_folder, load_tokenizer, make_prompt
     from edgenb.lora import merge, train
+    from edgenb.runtimes.gguf import ADAPTER, BASE
     notes, held = generate(NOTES['language'][1]), generate(8, split='validation')
     classes = sorted({n.codes[0].code for n in (*notes, *held)})
     base = base_folder('bundled:smollm2-135m')
     prompt = make_prompt(load_tokenizer(base), ASKED['description'], classes, wordings=wordings(classes, {c: lookup(c).description for c in classes}))
-    files, weights, adapters = [], [], []
+    files, weights, apart = [], [], []
     for seed, n in enumerate(NOTES['language']):
         pairs = lambda some: ([s.text for s in some], [s.codes[0].code for s in some])
         train('bundled:smollm2-135m', prompt, pairs(notes[:n]), pairs(held), work/f'adapter-{n}', work/f'work-{n}', num_train_epochs=1, num_threads=threads, seed=seed)
         merge(work/f'adapter-{n}', work/f'merged-{n}')
         files.append(gguf_of(work/f'merged-{n}', work/f'smollm2-{n}.gguf', prompt))
+        apart.append(work/f'apart-{n}')
+        apart[-1].mkdir()
+        gguf_of(base, apart[-1]/BASE, prompt)
+        write_adapter(work/f'adapter-{n}', base, apart[-1]/ADAPTER)
         weights.append({k: v for k, v in safetensors_of(work/f'merged-{n}').items() if '_proj' in k})
-        adapters.append(write_adapter(work/f'adapter-{n}', base, work/f'adapter-{n}.gguf'))
         shutil.rmtree(work/f'merged-{n}')
-    return 'SmolLM2-135M Q4_K_M (synthetic notes)', *files, moved(*weights), len(zstandard.ZstdCompressor(level=LEVEL).compress(adapters[1].read_bytes()))
+    return 'SmolLM2-135M Q4_K_M (synthetic notes)', *files, moved(*weights), by_adapter(*apart, work)
+
+
+def by_adapter(old: Path, new: Path, work: Path) -> int:
+    "Bytes to fetch where base and adapter are apart."
+    files = chunk_files(new, work/'apart-blobs')
+    delta = make_delta(old, new, work/'apart-blobs', files)
+    release = {'edgenb_release': 1, 'bundle': '0'*64, 'total_bytes': sum(f['length'] for f in files), 'files': files, 'deltas': [delta] if delta else []}
+    found = plan(release, slot_files(old))
+    assert found.kind == 'kept'
+    return found.bytes
 
 
 def synthetic(work: Path, threads: int, size: float):

@@ -321,14 +321,14 @@ def command_keys_sign(args: argparse.Namespace):
     from edgenb.core import EdgenbError
     from edgenb.fleet.keys import sign_bundle
     from edgenb.fleet.repository import describe_staged, key_name, sign_staged
-    from edgenb.fleet.stick import sign_export
+    from edgenb.fleet.stick import describe_export, sign_export
     from edgenb.ship import check_bundle
     path, signers = Path(args.path), _signers(args)
     if not signers: raise EdgenbError('no private key is at hand: name a folder with --keys')
     if (path/'manifest.json').is_file():
         if not (signers := [s for s in signers if key_name(s.public_key).startswith('models-')]): raise EdgenbError('a bundle is signed by a models key, and none is at hand: name a folder that holds one with --keys')
         lines = [f"bundle {(m := check_bundle(path))['name']}, {m['digest']}"]
-    elif (path/'metadata/timestamp.json').is_file(): lines = [f'the USB stick {path}']
+    elif (path/'metadata/timestamp.json').is_file(): lines = describe_export(path)
     else: lines = describe_staged(path, signers)
     print(*lines or ['nothing here is for these keys to sign'], sep='\n')
     if not lines: return 1
@@ -616,6 +616,7 @@ def command_agent_rollback(args: argparse.Namespace):
          argument('--margin', metavar='1%', help='points more errors that do not matter (default 1%%)'),
          argument('--window', action='append', default=[], metavar='WHEN', help="maintenance window in the devices' local time, such as 'mon-fri 22:00-04:00'; may be repeated"),
          argument('--soak-hours', type=float, metavar='H', help='a stage lasts at least'),
+         argument('--label-delay-hours', type=float, metavar='H', help='nearly all labels are there within that time; outcomes count from so long after a stage began and a canary has updated (default 24)'),
          argument('--deadline-hours', type=float, metavar='H', help='a stage must have decided within'),
          argument('--at-deadline', choices=('pause', 'promote'), help='then: a person decides (default), or it goes on if no guard rings'),
          argument('--replaces', metavar='DIGEST', help="the bundle that devices run now, or 'nothing' (default: what the last campaign left)"),
@@ -629,7 +630,7 @@ def command_ship(args: argparse.Namespace):
     from edgenb.core import EdgenbError
     from edgenb.fleet.controller import begin, folder_of, plan_ship, plan_text, policy_for, publisher, read_inventory, standing_text
     devices = read_inventory(args.inventory)
-    policy = policy_for(len(devices), args.canary, args.stages, args.guard, args.alpha, args.margin, args.at_deadline, args.deadline_hours, args.soak_hours, args.window)
+    policy = policy_for(len(devices), args.canary, args.stages, args.guard, args.alpha, args.margin, args.at_deadline, args.deadline_hours, args.soak_hours, args.label_delay_hours, args.window)
     campaign = plan_ship(args.bundle, args.repository, devices, policy, args.replaces, args.id, agent=args.agent)
     print(plan_text(campaign, policy, devices))
     if args.dry_run: return print('dry run: nothing was signed')
@@ -640,27 +641,27 @@ def command_ship(args: argparse.Namespace):
 
 
 # %% ../nbs/17_cli.ipynb #f1ee7c03
-@command(argument('action', choices=('list', 'show', 'step', 'watch', 'pause', 'resume', 'abort', 'rollback', 'replay'), help='step looks once and decides; watch repeats it; replay recomputes every decision from the log'),
+@command(argument('action', choices=('list', 'show', 'step', 'watch', 'pause', 'resume', 'promote', 'abort', 'rollback', 'replay'), help='step looks once and decides; watch repeats it; promote goes on to the next stage because a person says so; replay recomputes every decision from the log'),
          argument('id', nargs='?', default='', help='of the campaign (default: the one that is under way)'),
          argument('--repository', required=True, metavar='REPO', help='the update repository'),
          argument('--keys', metavar='KEYS', help='folder with the online key'),
          argument('--telemetry', metavar='DB', help='database of the collector'),
-         argument('--reason', default='', help='why: for pause, resume, abort and rollback'),
+         argument('--reason', default='', help='why: for pause, resume, promote, abort and rollback'),
          argument('--log', default='', metavar='FOLDER', help='where campaigns are written down (default: REPO.campaigns)'),
          argument('--passphrase-file', default='', metavar='FILE', help='of the online key (default: $EDGENB_PASSPHRASE, else asked for)'),
          argument('--json', action='store_true', help='as JSON'))
 def command_campaign(args: argparse.Namespace):
-    "how a rollout stands; decide its next step; pause, resume, abort or roll it back; audit it"
+    "how a rollout stands; decide its next step; pause, resume, promote, abort or roll it back; audit it"
     import json
     from edgenb.core import EdgenbError
-    from edgenb.fleet.controller import act, folder_of, replay, standing, standing_text, standings, watch
+    from edgenb.fleet.controller import act, folder_of, read_inventory, replay, standing, standing_text, standings, watch
     folder = folder_of(args.repository, args.log)
     if args.action == 'list':
         found = [s.campaign.to_dict() for s in standings(folder)]
         if args.json: return print(json.dumps(found))
         for c in found: print(f"{c['id']:<32} {c['state']:<12} {c['stages'][c['stage']]:>4g} %  {c['name']}  {c['release'][:12]}  {c['reason'][:80]}")
         return print('no campaigns') if not found else None
-    s = standing(folder, args.id)
+    s = standing(folder, args.id, ended=args.action in ('step', 'watch'))
     if args.action == 'show': return print(json.dumps({'campaign': s.campaign.to_dict(), 'policy': s.policy.to_dict(), 'began': s.began, 'since': s.since, 'last': s.last}) if args.json else standing_text(s))
     if args.action == 'replay':
         wrong = replay(s.folder)
@@ -673,7 +674,7 @@ def command_campaign(args: argparse.Namespace):
     if args.action in ('step', 'watch'):
         if not args.telemetry: raise EdgenbError(f'campaign {args.action} needs --telemetry, the database of the collector (edgenb collect)')
         return watch(s.folder, args.telemetry, publish, once=args.action == 'step', as_json=args.json)
-    c = act(s.folder, args.action, args.reason, publish)
+    c = act(s.folder, args.action, args.reason, publish, devices=read_inventory(args.telemetry) if args.action == 'promote' and args.telemetry else None)
     print(json.dumps(c.to_dict()) if args.json else standing_text(standing(folder, c.id)))
 
 

@@ -100,7 +100,7 @@ def window(sample,                # path of an .npy file (or of a row in one), i
         if isinstance(sample, str) and '.npy#' in sample: sample = row_bytes(sample)
         x = sample if isinstance(sample, np.ndarray) else np.load(io.BytesIO(sample) if isinstance(sample, bytes) else sample, allow_pickle=False)
     except FileNotFoundError: raise EdgenbError(f'{name} does not exist') from None
-    except (OSError, ValueError, EOFError) as e: raise EdgenbError(f'{name} is not an .npy file that can be read ({e}): write it again') from None
+    except Exception as e: raise EdgenbError(f'{name} is not an .npy file that can be read ({e}): write it again') from None
     if x.shape != (len(channels), steps) or not np.issubdtype(x.dtype, np.floating):
         raise EdgenbError(f"{name} has shape {x.shape} and type {x.dtype}; wanted are {len(channels)} channels ({', '.join(channels)}) of {steps} steps, floating point")
     return filled(x, limit)

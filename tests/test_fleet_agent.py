@@ -368,6 +368,213 @@ def test_a_delta_is_used_where_the_device_has_what_it_starts_from(here):
     assert (m.store.slot(m.journal.active)/'weights').read_bytes() == new.tobytes()
 
 
+# ---- what must not block a good release, nor stop the agent
+def test_a_device_offline_leaves_a_release_alone_that_takes_it_down_in_its_health_check(here):
+    plant, clock, v, m = ready(here, 'sick', clock=Clock(max(datetime.datetime(2026, 6, 1, 12).timestamp(), NOW)))
+    plant.campaign(v['sick'], v['v1'], id='c2', windows=[{'days': 'mon-sun', 'from': '22:00', 'to': '23:00'}])
+    live(m, clock, 3600)
+    count = []
+    class PowerCut(BaseException): pass
+    def down(*a): count.append(1); raise PowerCut
+    for night in range(6):
+        m = machine_of(here/'device', plant, clock, prove=down, source=FolderSource(here/'gone'))   # it starts again
+        try: live(m, clock, 86400)
+        except PowerCut: clock.go(60)
+    assert len(count) == 3 and use(m) == 'v1' and 'not tried again' in m.last['CHECK']
+
+
+def test_tries_that_keep_failing_come_further_and_further_apart_but_not_where_something_arrives(here):
+    plant, clock, v, m = ready(here, 'v2')
+    plant.campaign(v['v2'], v['v1'], id='c2')
+    sound = {c['stored'] for f in plant.releases[v['v1']]['files'] for c in f['chunks']}
+    for p in (plant.path/'blobs').rglob('*'):
+        if p.is_file() and p.name not in sound: p.write_bytes(b'x'*p.stat().st_size)      # a damaged mirror
+    tried, real = [], m._blob
+    m._blob = lambda *a: (tried.append(clock.now), real(*a))
+    live(m, clock, 86400, most=100_000)
+    assert 5 < len(tried) < 30 and tried[-1] - tried[-2] > 3*3600
+    plant.campaign(v['v2'], v['v1'], id='c3')
+    begun = clock.now
+    def drips(sha, n, deadline): m.failures = 0; raise Unreachable('broke off after a blob')
+    m._blob = drips
+    m.poll(); live(m, clock, 3600)
+    assert m.failures == 1 and m.due - clock.steady_now < 120
+
+
+def test_a_service_that_is_stopped_during_a_health_check_blames_no_release(here):
+    plant, clock, v, m = ready(here, 'v2')
+    plant.campaign(v['v2'], v['v1'], id='c2')
+    for _ in range(5):
+        stopped = []
+        def prove(folder, deadline, memory_mb=0): stopped.append(1); return Proof(False, 'the health check: the agent was asked to stop')
+        m = machine_of(here/'device', plant, clock, prove=prove, stopped=lambda: bool(stopped)); m.run_once()
+        assert stopped and not m.journal.tries
+    m = machine_of(here/'device', plant, clock)
+    live(m, clock, 10**6, lambda m: settled(m) and m.journal.serving().digest == v['v2'])
+
+
+def test_a_slow_disk_delays_a_model_and_does_not_take_it_away(here, monkeypatch):
+    plant, clock, v, m = ready(here, 'v2')
+    real = Store.holds
+    monkeypatch.setattr(Store, 'holds', lambda self, slot: (clock.go(400), real(self, slot))[1])   # a large model on a worn card
+    m = machine_of(here/'device', plant, clock); m.step()
+    assert use(m) == 'v1'
+    plant.campaign(v['v2'], v['v1'], id='c2')
+    live(m, clock, 10**6, lambda m: settled(m) and m.journal.serving().digest == v['v2'])
+    assert not m.journal.tries
+
+
+def test_a_journal_that_cannot_be_read_at_once_is_read_again_before_anything_else(here):
+    plant, clock, v, m = ready(here, 'v2')
+    m = machine_of(here/'device', plant, clock)
+    plant.campaign(v['v2'], v['v1'], id='c2')
+    real, n = m.store.load, []
+    def load():
+        n.append(1)
+        if len(n) == 1: raise OSError(5, 'Input/output error')
+        return real()
+    m.store.load, m._check = load, lambda deadline: pytest.fail('it looked at the repository without its journal') if m.journal == Journal() else ('nothing', '')
+    for _ in range(6): m.step(); clock.go(m.rest())
+    assert use(m) == 'v1'
+
+
+def test_a_roll_back_by_hand_holds_although_another_campaign_has_named_the_release_meanwhile(here):
+    plant, clock, v, m = ready(here, 'v2')
+    for id in ('c2', 'c3'): plant.campaign(v['v2'], v['v1'], id=id); live(m, clock, 7200, lambda m: settled(m) and m.journal.serving().digest == v['v2'])
+    live(m, clock, 7200)
+    m.roll_back_by_hand(); live(m, clock, 86400)
+    assert use(m) == 'v1' and 'rolled back by hand' in m.why
+
+
+def test_a_roll_back_by_hand_that_cannot_be_done_leaves_what_serves(here):
+    plant, clock, v, m = ready(here, 'v2')
+    plant.campaign(v['v2'], v['v1'], id='c2'); live(m, clock, 10**6, lambda m: settled(m) and m.journal.serving().digest == v['v2'])
+    real, m.server.load = m.server.load, lambda folder: (_ for _ in ()).throw(MemoryError())
+    before = m.store.load()
+    with pytest.raises(MemoryError): m.roll_back_by_hand()
+    assert m.store.load() == before and use(m) == 'v2'
+
+
+def test_a_model_that_fails_on_trial_is_left_even_if_the_one_before_cannot_be_loaded_at_once(here):
+    plant, clock, v, m = ready(here, 'crash')
+    plant.campaign(v['crash'], v['v1'], id='c2')
+    live(m, clock, 10**6, lambda m: m.state == 'TRIAL' and m.trial_began is not None)
+    real, n = m.server.load, []
+    def load(folder):
+        n.append(1)
+        if len(n) == 1: raise MemoryError('not now')
+        return real(folder)
+    m.server.load = load
+    live(m, clock, 3600, lambda m: m.server.digest == v['v1'])
+    assert use(m) == 'v1'
+
+
+def test_windows_that_cannot_be_read_are_refused_by_a_device_without_a_model_too(here):
+    plant, clock = Plant(here/'repo'), Clock()
+    v1 = tiny_bundle(here/'v1'); plant.release(here/'v1')
+    for windows in ([{'days': 'mon'}], [{'days': 'mon-sun', 'from': '00:00', 'to': '00:00'}, {'days': 'never'}]):
+        plant.campaign(v1, windows=windows)
+        m = machine_of(here/'device', plant, clock)
+        live(m, clock, 7200)
+        assert 'windows cannot be read' in m.why
+    m.journal = replace(m.journal, plan={'windows': [{'days': 'mon'}]})     # as an older agent may have written it
+    m.go('BACK_OFF', ''); assert m.rest() > 0
+
+
+def running(here, plant, **device):
+    "A device as it was left by an agent that ran."
+    (here/'device/device.json').write_text(json_text(asdict(device_of(plant.path, **device)))); (here/'device/root.json').write_bytes(plant.root)
+    return here/'device'
+
+
+def test_an_agent_starts_on_a_disk_that_is_read_only_as_a_whole(here, monkeypatch):
+    plant, clock, v, m = ready(here)
+    root = running(here, plant)
+    for lock in (True, False):
+        (root/'lock').write_text('1') if lock else (root/'lock').unlink()
+        import builtins
+        real = {'open': builtins.open, 'os': os.open}
+        def refused(path): raise OSError(30, 'Read-only file system', str(path))
+        with monkeypatch.context() as mp:
+            mp.setattr(builtins, 'open', lambda f, mode='r', *a, **k: refused(f) if str(f).startswith(str(here)) and set(mode) & set('wax+') else real['open'](f, mode, *a, **k))
+            mp.setattr(os, 'open', lambda f, flags, *a, **k: refused(f) if str(f).startswith(str(here)) and flags & (os.O_WRONLY | os.O_RDWR) else real['os'](f, flags, *a, **k))
+            with Agent(root, load=Word, prove=prove_word, clock=clock) as agent: assert agent.predict([b'x'])[0]['label'] == 'v1'
+
+
+def test_telemetry_that_cannot_be_kept_does_not_keep_the_agent_from_starting(here, monkeypatch, capsys):
+    from edgenb.agent import service
+    from edgenb.fleet import reporter
+    plant, clock, v, m = ready(here)
+    root = running(here, plant)
+    monkeypatch.setattr(reporter, 'outbox_at', lambda *a: (_ for _ in ()).throw(EdgenbError('the outbox cannot be used')))
+    monkeypatch.setattr(Agent, 'run', lambda self: None); monkeypatch.setattr(signal, 'signal', lambda *a: None)
+    monkeypatch.setattr(service, 'Server', lambda load, observe: Server(Word, observe))
+    service.run(root, 0)
+    said = capsys.readouterr()
+    assert f'serves {v["v1"][:12]}' in said.out and 'no telemetry: the outbox cannot be used' in said.err
+
+
+def test_a_stick_that_comes_during_a_trial_is_read_when_it_is_over_and_no_request_stops_the_agent(here):
+    plant, clock, v, m = ready(here, 'v2', 'v3')
+    root = running(here, plant, trial_s=100)
+    plant.campaign(v['v2'], v['v1'], id='c2')
+    with Agent(root, load=Word, prove=prove_word, clock=clock, steady=clock.steady) as agent:
+        live(agent.machine, clock, 10**6, lambda m: m.state == 'TRIAL' and m.trial_began is not None)
+        shutil.copytree(plant.path, here/'stick')
+        stick = Plant.__new__(Plant); stick.__dict__ |= plant.__dict__ | {'path': here/'stick'}
+        stick.campaign(v['v3'], v['v2'], id='c3')
+        (root/'request.json').write_text(json.dumps({'do': 'poll', 'usb': str(here/'stick')}))
+        agent.asked(); assert agent.machine.state == 'TRIAL' and (root/'request.json').exists()
+        live(agent.machine, clock, 10**6, settled)
+        agent.asked(); assert not (root/'request.json').exists()
+        live(agent.machine, clock, 10**6, lambda m: settled(m) and m.journal.serving().digest == v['v3'])
+        agent.machine.save = lambda **kw: (_ for _ in ()).throw(OSError(28, 'No space left on device'))
+        (root/'request.json').write_text('{"do": "rollback"}')
+        agent.asked()
+        assert 'the disk refused' in agent.machine.why
+
+
+def test_a_label_may_come_after_the_agent_was_started_again(here):
+    plant, clock, v, m = ready(here, 'v2')
+    seen = []
+    with Agent(running(here, plant), observe=lambda *a: seen.append(a), load=Word, prove=prove_word, clock=clock) as agent:
+        agent.outcome(False, v['v1'])
+        with pytest.raises(EdgenbError, match='decided nothing here'): agent.outcome(True, v['v2'])
+    assert seen == [('edgenb.outcome.count', 1, v['v1']), ('edgenb.outcome.error.count', 1, v['v1'])]
+
+
+def test_a_long_request_keeps_its_model_where_there_is_no_memory_for_two(here, monkeypatch):
+    from edgenb.agent import serve
+    monkeypatch.setattr(serve.Server._drain, '__defaults__', (0.2,))
+    for n in ('a', 'b'): tiny_bundle(here/n, n)
+    hold, begun, answers = threading.Event(), threading.Event(), []
+    class Slow(Word):
+        def predict(self, inputs): begun.set(); hold.wait(10); return super().predict(inputs)
+    s = Server(Slow, available=lambda: 10); s.serve(here/'a', 'A')
+    t = threading.Thread(target=lambda: answers.append(s.predict([b'x', b'y']))); t.start(); begun.wait(10)
+    with pytest.raises(Busy): s.serve(here/'b', 'B', need_mb=100)
+    hold.set(); t.join()
+    assert [a['label'] for a in answers[0]] == ['a', 'a'] and s.digest == 'A' and not s.trouble()
+    s.serve(here/'b', 'B', need_mb=100); assert s.digest == 'B'
+
+
+def test_input_that_is_no_window_is_the_inputs_fault_and_costs_no_model(tmp_path):
+    from test_golden import make_bundle, window_pipeline
+    s = Server(); s.serve(make_bundle(tmp_path/'w', window_pipeline(), seed=3), 'W')
+    magic = lambda header: b'\x93NUMPY\x01\x00' + (n := len(header) + 1).to_bytes(2, 'little') + header + b'\n'
+    for bad in (b'x', magic(b"{'descr': '<f4', 'fortran_order': False, 'shape': ((3, 32), }"), magic(b"{'descr': '<f4', 'fortran_order': False, 'shape': (9000000000000, 32), }"), magic(b"{'descr': '<f4', 'fortran_order': False, 'shape': ("), magic(b'{[')):
+        for _ in range(3):
+            with pytest.raises(EdgenbError, match='not an .npy file'): s.predict([bad])
+    assert not s.trouble()
+
+
+@pytest.mark.parametrize('change', [{'poll_s': '900'}, {'poll_s': 0}, {'trial_s': None}, {'tries': True}, {'site': 3}, {'connect': ['mon']}, {'connect': [{'days': 'mon', 'from': '8', 'to': '9'}]}, {'colour': 1}])
+def test_a_mistyped_device_file_is_said_in_words(change, here):
+    from edgenb.agent.storage import load_device
+    here.joinpath('device.json').write_text(json_text(asdict(device_of('/x')) | change))
+    with pytest.raises(EdgenbError): load_device(here)
+
+
 # ---- never without a model, never stuck: hypothesis plays the operator, the network, the disk and the mains
 class Failing(Disk):
     "Fails when told to."
@@ -400,12 +607,12 @@ class AgentMachine(RuleBasedStateMachine):
         if hasattr(self, 'folder'): self.folder.cleanup()
 
     def start(self):
-        self.m = machine_of(self.here/'device', self.plant, self.clock, disk=self.disk)
-        real = self.m._source
-        def source(deadline):
-            if not self.network: raise Unreachable('the line is dead')
-            return real(deadline)
-        self.m._source = source
+        world = self
+        class Line(FolderSource):
+            def pieces(self, url, offset):
+                if not world.network: raise Unreachable('the line is dead')
+                return super().pieces(url, offset)
+        self.m = machine_of(self.here/'device', self.plant, self.clock, disk=self.disk, source=Line(self.plant.path))
 
     def ask(self, release, replaces, state):
         self.number += 1

@@ -139,6 +139,14 @@ def test_wrong_software_a_release_of_another_bundle_under_the_name_that_was_aske
     world.stays('describes another bundle')
 
 
+def test_a_release_of_another_model_is_refused_although_every_signature_is_good(world):
+    "Who has the online key alone chooses among the releases of a model, not among models."
+    from tinyfleet import tiny_bundle
+    other = tiny_bundle(world.here/'other', 'other', name='another model'); world.plant.release(world.here/'other', 3)
+    world.plant.campaign(other, world.v1, id='c2')
+    world.stays('c2 is about toy', 'is another model')
+
+
 def test_wrong_software_files_of_another_bundle_in_a_signed_release_are_thrown_away(world):
     other = tiny_bundle(world.here/'v9', 'v9')
     world.plant.release(world.here/'v9', 9)

@@ -10,7 +10,7 @@ from edgenb.core import EdgenbError
 from edgenb.fleet.campaign import CHECKS, Policy, abort, apply, complete, decide, parse, pause, policy, promote, resume, roll_back, stage_alpha, start
 from edgenb.fleet.windows import DAYS, window_of, window_open
 from edgenb.fleet.cohorts import cohort
-from edgenb.fleet.controller import act, append, begin, plan_text, policy_for, read_inventory, read_log, replaced, replay, Standing, standing, standing_text, step
+from edgenb.fleet.controller import act, append, begin, go_on, plan_text, policy_for, read_inventory, read_log, replaced, replay, Standing, standing, standing_text, step, watch
 from edgenb.fleet.sequential import Evidence
 
 NEW, OLD, T0 = 'b'*64, 'a'*64, 29_500_000
@@ -33,7 +33,8 @@ def seen(c, hours, devices=None, errors=0.03, n=250, offline=0, crashed=0, befor
                     errors=rng.binomial(counts, np.where(arm == 1, errors, 0.03)), last_seen=T0 + np.where(arm >= 0, int(60*hours), -14_400), crashes=crashes)
 
 
-def at(c, hours, p=None, **kw): return decide(c, seen(c, hours, **kw), T0 + int(60*hours), p or policy(340))
+THREE_DAYS = replace(policy(340), deadline_hours=72)
+def at(c, hours, p=THREE_DAYS, **kw): return decide(c, seen(c, hours, **kw), T0 + int(60*hours), p)
 
 
 # ---- the signed document
@@ -142,7 +143,7 @@ def test_a_device_that_is_offline_is_not_evidence_of_a_bad_model():
 
 
 def test_a_stage_past_its_deadline_goes_on_if_the_policy_says_so_but_not_on_nothing():
-    p = replace(policy(340), at_deadline='promote')
+    p = replace(THREE_DAYS, at_deadline='promote')
     d = at(campaign(), 73, p, n=4, offline=9)
     assert d.action == 'promote' and 'the policy is to go on' in d.reason
     assert at(campaign(), 73, p, offline=17).action == 'stuck' and at(campaign(), 73, p, errors=0.06).action == 'rollback'
@@ -217,7 +218,7 @@ def moves(c, when, few, p):
         e = Evidence(since=0, at=when, stratum=['a/x']*d, arm=arm, cohort=members, n_before=[10_000]*d, errors_before=[300]*d, n=n, errors=(n*np.where(arm == 1, errors or 0, 0.03)).astype(int),
                      last_seen=np.full(d, when), failed=state == 'fell back', crashes=np.where(state == 'crashing', 9, 0))
         yield 'controller', apply(c, decide(c, e, when, p), few)
-    for person in (pause, resume, abort, roll_back):
+    for person in (pause, resume, abort, roll_back, lambda c, reason: go_on(c, reason, few)):
         try: yield 'person', person(c, 'a person')
         except EdgenbError: pass
 
@@ -367,31 +368,158 @@ def test_an_inventory_that_cannot_be_used_is_refused(tmp_path, name, text):
 def test_the_plan_names_the_numbers_that_matter():
     p = policy_for(340, guards=['latency_p99=50ms', 'drift=off'])
     text = plan_text(campaign(stages=p.stages), p, fleet())
-    assert '17 devices in 12 of 12 sites' in text and '50 ms' in text and 'alarms of drift' not in text and 'at most 5 %' in text
+    assert '17 devices in 12 of 12 sites' in text and '50 ms' in text and 'more than 64 ms' in text and '24 h after a stage' in text and 'alarms of drift' not in text and 'at most 5 %' in text
 
 
-@pytest.mark.parametrize('kw', [{'canary': 'few'}, {'stages': '5;100'}, {'alpha': 0.0}, {'alpha': 0.7}, {'margin': '0%'}, {'deadline_hours': 0.1}, {'guards': ['x=1']}, {'windows': ['always']}])
+@pytest.mark.parametrize('kw', [{'canary': 'few'}, {'stages': '5;100'}, {'alpha': 0.0}, {'alpha': 0.7}, {'margin': '0%'}, {'deadline_hours': 0.1}, {'guards': ['x=1']}, {'guards': ['latency_p99=40000ms']}, {'label_delay_hours': -1.0}, {'windows': ['always']}])
 def test_a_plan_that_makes_no_sense_is_refused(kw):
     with pytest.raises(EdgenbError): policy_for(340, **kw)
 
 
+# ---- what is written down and could not be signed
+
+class Busy:
+    "A repository that cannot be written for a while: signs like `publisher`'s function, and says whether it has."
+    def __init__(self): self.there, self.broken, self.tried = None, False, 0
+    def __call__(self, c):
+        if self.there == c: return False
+        self.tried += 1
+        if self.broken: raise EdgenbError('the repository is busy')
+        self.there = c
+        return True
+
+
+def collected(tmp_path, devices):
+    from edgenb.fleet.collector import enrol
+    from edgenb.fleet.envelope import new_key
+    for n, d in enumerate(devices): enrol(tmp_path/'t.db', new_key(tmp_path/f'{n}.key'), d['site'], d['hardware'], f'{n:032x}')
+    return tmp_path/'t.db'
+
+
+def test_watch_does_not_end_before_the_rollback_that_it_wrote_down_is_signed(tmp_path, monkeypatch):
+    "It used to: the log said rolled back, so it left, and devices kept the release."
+    from edgenb.fleet import collector
+    devices, signs = fleet(60), Busy()
+    folder = begin(tmp_path/'c', campaign(devices, stages=policy(60).stages), policy(60), devices, signs, T0).folder
+    db = collected(tmp_path, devices)
+    monkeypatch.setattr(collector, 'evidence', lambda telemetry, c, began, since, now, label_delay: simulated(devices, 0.2)(c, began, since, now))
+    signs.broken = True
+    def wait(seconds):
+        if signs.tried >= 3: signs.broken = False
+        assert signs.tried < 10
+    assert watch(folder, db, signs, wait=wait) == 1
+    assert Standing(folder).campaign.state == 'rolled-back' and signs.there.state == 'rolled-back'
+
+
+def test_a_persons_decision_that_could_not_be_signed_is_signed_when_it_is_made_again(tmp_path):
+    devices, signs = fleet(60), Busy()
+    folder = begin(tmp_path/'c', campaign(devices, stages=policy(60).stages), policy(60), devices, signs, T0).folder
+    for action, state, stage in (('pause', 'paused', 0), ('promote', 'running', 1), ('rollback', 'rolled-back', 1)):
+        signs.broken = True
+        with pytest.raises(EdgenbError, match='busy'): act(folder, action, 'no good', signs, T0 + 5)
+        assert signs.there != Standing(folder).campaign
+        signs.broken = False
+        assert (c := act(folder, action, 'no good', signs, T0 + 6)) == signs.there and (c.state, c.stage) == (state, stage)
+    assert [r['event'] for r in read_log(folder)] == ['ship', 'pause', 'promote', 'rollback'] and replay(folder) == []
+    with pytest.raises(EdgenbError, match='cannot be rolled back'): act(folder, 'rollback', 'again', signs, T0 + 7)
+
+
+def test_the_release_before_the_last_cannot_be_rolled_back_as_if_devices_followed_it(tmp_path):
+    devices, signed = fleet(60), []
+    one = begin(tmp_path/'c', campaign(devices, stages=policy(60).stages, id='one'), policy(60), devices, signed.append, T0).folder
+    with pytest.raises(EdgenbError, match='running'): begin(tmp_path/'c', campaign(devices, stages=policy(60).stages, id='one'), policy(60), devices, signed.append, T0 + 1)
+    act(one, 'abort', 'enough', signed.append, T0 + 2)
+    begin(tmp_path/'c', start(devices, 'scratches', 'c'*64, NEW, policy(60).stages, id='two'), policy(60), devices, signed.append, T0 + 3)
+    with pytest.raises(EdgenbError, match='two .running'): act(one, 'rollback', 'worse', signed.append, T0 + 4)
+    assert Standing(one).campaign.state == 'aborted'
+
+
+# ---- labels that come late
+
+@pytest.mark.parametrize('right_h, wrong_h, worse, fooled, judged', [(24, 2, 0.0, (False, False), (True, True)), (2, 24, 0.03, (True, True), (False, False))])
+def test_labels_that_come_later_for_right_or_wrong_decisions_do_not_judge_a_release(tmp_path, right_h, wrong_h, worse, fooled, judged):
+    """(holds, allowed to go on), counted from the update and counted after a day. In its first hours a canary has only the quick labels, controls have those of the days before as well:
+    a good release was sent back where wrong ones are found first, one that errs in 6 % instead of 3 went to everybody where they are found last."""
+    from edgenb.fleet import collector
+    from edgenb.fleet.guards import judge_labels
+    devices = fleet(60)
+    db, c = collected(tmp_path, devices), campaign([{**d, 'id': f'{n:032x}'} for n, d in enumerate(devices)], stages=(20, 100))
+    for digest in (OLD, NEW): collector.accept(db, digest)
+    members = cohort([{**d, 'id': f'{n:032x}'} for n, d in enumerate(devices)], c.to_dict())
+    def rows():
+        for hour in range(-72, 72):
+            for n, on_new in enumerate(members & (hour > 0)):
+                share = 0.03 + worse*on_new
+                right, wrong = (int(round(1000*v))*(not on_new or hour > late) for v, late in ((1 - share, right_h), (share, wrong_h)))
+                yield n + 1, hour + 80, T0 + 60*hour, 2 if on_new else 1, json.dumps({'edgenb.interval.duration': 60, 'edgenb.outcome.count': right + wrong, 'edgenb.outcome.error.count': wrong})
+    with collector.store(db, write=True) as d: d.executemany('INSERT INTO rows (device, boot, seq, at, received, clock, model, metrics) VALUES (?, 0, ?, ?, 0, 0, ?, ?)', list(rows()))
+    def said(hours, delay):
+        v, allowed = judge_labels(0.01, collector.evidence(db, c.to_dict(), T0, T0, T0 + 60*hours, label_delay=delay), 0.0125, 0.05)
+        return v.holds, allowed
+    assert said(23, 0) == fooled and said(23, 24*60)[1] is False and said(70, 26*60) == judged
+
+
+# ---- where nothing can be shown
+
+def test_a_person_can_take_a_small_fleet_on_where_labels_show_nothing(tmp_path):
+    "`resume` alone let the next look pause it again."
+    devices, signed = fleet(6), []
+    p = policy(6)
+    folder = begin(tmp_path/'c', campaign(devices, stages=p.stages), p, devices, signed.append, T0).folder
+    def look(c, began, since, now): return replace_counts(simulated(devices, 0.03)(c, began, since, now))
+    late = T0 + int(60*p.deadline_hours)
+    assert step(folder, look, signed.append, now=late).action == 'stuck'
+    act(folder, 'resume', 'more time', signed.append, late + 1)
+    assert step(folder, look, signed.append, now=late + 15).action == 'stuck'
+    c = act(folder, 'promote', 'looked at 40 parts, all right', signed.append, late + 20)
+    assert (c.state, c.stage) == ('running', 1) and cohort(devices, c.to_dict()).all() and Standing(folder).since == late + 20
+    assert act(folder, 'promote', 'all of them as well', signed.append, late + 60).state == 'complete'
+    assert replay(folder) == []
+
+
+def replace_counts(e): return replace(e, n=np.zeros(len(e.n), int), errors=np.zeros(len(e.n), int))
+
+
+@pytest.mark.parametrize('at_deadline', ['pause', 'promote'])
+def test_devices_that_fell_silent_do_not_promote(at_deadline):
+    "Heard of when the stage began, and never with the release: a release that kills its device before it can say so."
+    p = replace(policy(340), at_deadline=at_deadline, deadline_hours=12)
+    def killed(c, few):
+        e = seen(c, 12, offline=few, n=0)
+        return replace(e, last_seen=np.where(e.arm < 0, T0 - 30, e.last_seen))
+    assert decide(campaign(), killed(campaign(), 16), T0 + 720, p).action == 'stuck'
+    last = replace(promote(replace(campaign(), stage=2), fleet(), 'x'))
+    for few in (340, 300): assert decide(last, killed(last, few), T0 + 720, p).action == 'stuck'
+    assert decide(last, killed(last, 340), T0 + 60*(12 + 336), p).action == 'rollback'
+    assert decide(last, killed(last, 60), T0 + 720, p).action == 'complete'
+
+
+def test_one_device_that_was_never_heard_with_the_release_does_not_complete_it():
+    one = fleet(1)
+    c, p = campaign(one, stages=(100,)), policy(1)
+    assert decide(c, seen(c, p.deadline_hours, one, offline=1), T0 + int(60*p.deadline_hours), p).action == 'stuck'
+
+
 # ---- with a repository and the command line
+
+def bundle(folder, name) -> str:   # its digest
+    from edgenb.core import digest, digest_of, write_json
+    folder.mkdir()
+    for n, text in {'pipeline.json': '{}', 'reference.sketch': '', 'model.bin': folder.name, 'card.json': '{"lineage": []}'}.items(): (folder/n).write_text(text)
+    manifest = {'edgenb_bundle': 1, 'name': name, 'runtime': 'onnxruntime', 'model': 'model.bin', 'warnings': [], 'files': {p.name: digest(p) for p in sorted(folder.iterdir())}}
+    write_json(folder/'manifest.json', manifest | {'digest': digest_of(manifest)})
+    return digest_of(manifest)
+
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
     keys, repository = pytest.importorskip('edgenb.fleet.keys'), pytest.importorskip('edgenb.fleet.repository')
-    from edgenb.core import digest, digest_of, write_json
     monkeypatch.setenv('EDGENB_PASSPHRASE', 'correct horse battery staple')
     word = lambda _: b'correct horse battery staple'
     ring, found = keys.ceremony(tmp_path/'keys', word), []
     signers = keys.unlock(tmp_path/'keys', passphrase=word)
     repo = repository.create(tmp_path/'fleet', ring, signers, bins=4)
-    for weights in ('one', 'two'):
-        folder = tmp_path/weights; folder.mkdir()
-        for n, text in {'pipeline.json': '{}', 'reference.sketch': '', 'model.bin': weights, 'card.json': '{"lineage": []}'}.items(): (folder/n).write_text(text)
-        manifest = {'edgenb_bundle': 1, 'name': 'scratches', 'runtime': 'onnxruntime', 'model': 'model.bin', 'warnings': [], 'files': {p.name: digest(p) for p in sorted(folder.iterdir())}}
-        write_json(folder/'manifest.json', manifest | {'digest': digest_of(manifest)}); found.append(digest_of(manifest))
-        assert repository.publish(repo, folder, signers=signers).done
+    for weights in ('one', 'two'): found.append(bundle(tmp_path/weights, 'scratches')); assert repository.publish(repo, tmp_path/weights, signers=signers).done
     (tmp_path/'devices.csv').write_text('id,site,hardware\n' + ''.join(f"{d['id']},{d['site']},{d['hardware']}\n" for d in fleet()))
     return tmp_path, found, lambda: repository.Repository(tmp_path/'fleet').campaigns()['campaigns']
 
@@ -429,3 +557,70 @@ def test_a_second_release_replaces_what_the_last_campaign_left():
     with pytest.raises(EdgenbError, match='already'): replaced(document, 'scratches', NEW)
     document['campaigns'][0]['state'] = 'paused'
     with pytest.raises(EdgenbError, match='paused'): replaced(document, 'scratches', 'c'*64)
+
+
+# ---- what a controller may sign
+
+@pytest.fixture
+def signing(published):
+    from edgenb.fleet.controller import publisher
+    root, (old, new), signed = published
+    return publisher(root/'fleet', root/'keys', lambda _: b'correct horse battery staple'), root, old, new, signed
+
+
+def test_an_older_copy_of_a_log_signs_nothing(signing):
+    "A folder restored from a backup, or a second controller with a log of its own: devices that went back would take the release again."
+    publish, root, old, new, signed = signing
+    first = start(fleet(), 'scratches', new, old, seed='5eed', id='one')
+    second = promote(first, fleet(), 'well')
+    back = roll_back(second, 'worse')
+    for later, older in ((second, [first]), (back, [second, first, replace(second, state='complete')])):
+        assert publish(later) and not publish(later)
+        for c in older:
+            with pytest.raises(EdgenbError, match='older copy'): publish(c)
+        assert signed() == [later.to_dict()]
+
+
+def test_a_second_campaign_of_a_model_is_not_signed_beside_one_that_runs(signing):
+    publish, root, old, new, signed = signing
+    one, two = (start(fleet(), 'scratches', new, old, seed='5eed', id=i) for i in ('one', 'two'))
+    publish(one)
+    with pytest.raises(EdgenbError, match='one at a time'): publish(two)
+    publish(abort(one, 'enough')); assert publish(two) and [c['id'] for c in signed()] == ['one', 'two']
+
+
+def test_the_last_campaign_of_every_model_stays_signed_however_many_there_are(signing):
+    "New devices go by it, and those that were away; with twenty other models it used to be gone."
+    from edgenb.fleet.controller import KEEP
+    from edgenb.fleet.keys import unlock
+    from edgenb.fleet.repository import Repository
+    publish, root, old, new, signed = signing
+    repo, signers = Repository(root/'fleet'), unlock(root/'keys', passphrase=lambda _: b'correct horse battery staple')
+    releases = []
+    for n in range(KEEP + 2):
+        releases.append(bundle(root/f'm{n}', f'model-{n}')); assert repo.publish(root/f'm{n}', signers=signers).done
+        publish(start(fleet(12), f'model-{n}', releases[n], None, seed='5eed', id=f'm{n}'))
+    begun = lambda id: start(fleet(12), 'model-0', releases[0], None, seed='5eed', id=id)
+    publish(abort(begun('m0'), 'x'))
+    for n in range(2): publish(begun(f'again-{n}')); publish(abort(begun(f'again-{n}'), 'x'))
+    assert {c['name'] for c in signed()} == {f'model-{n}' for n in range(KEEP + 2)} and signed()[-1]['id'] == 'again-1' and not publish(abort(begun('m0'), 'x'))
+
+
+def test_a_step_without_a_name_signs_the_end_that_a_killed_controller_left(published, capsys):
+    root, (old, new), signed = published
+    repo, keys = ['--repository', str(root/'fleet')], ['--keys', str(root/'keys')]
+    assert main(['ship', str(root/'two'), *repo, *keys, '--inventory', str(root/'devices.csv'), '--replaces', old[:12]]) == 0
+    c, = signed()
+    folder = root/'fleet.campaigns'/c['id']
+    with pytest.raises(KeyboardInterrupt): act(folder, 'rollback', 'worse', lambda c: (_ for _ in ()).throw(KeyboardInterrupt()) if c.state == 'rolled-back' else False)
+    assert signed()[0]['state'] == 'running' and Standing(folder).campaign.state == 'rolled-back'
+    db = collected(root, fleet(2))
+    assert main(['campaign', 'step', *repo, *keys, '--telemetry', str(db)]) == 1 and signed()[0]['state'] == 'rolled-back'
+
+
+def test_a_person_takes_it_on_from_the_command_line(published, capsys):
+    root, (old, new), signed = published
+    repo, keys = ['--repository', str(root/'fleet')], ['--keys', str(root/'keys')]
+    assert main(['ship', str(root/'two'), *repo, *keys, '--inventory', str(root/'devices.csv'), '--replaces', old[:12]]) == 0
+    assert main(['campaign', 'promote', *repo, *keys]) == 2 and main(['campaign', 'promote', *repo, *keys, '--reason', 'looked at it']) == 0
+    assert signed()[0]['stage'] == 1 and cohort(fleet(), signed()[0]).sum() == 85

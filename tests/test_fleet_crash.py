@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from crashfs import Recorder, lay_out, states
 from tinyfleet import NOW, Clock, Plant, live, machine_of, settled, tiny_bundle, use
-from edgenb.agent.storage import Store, read_journal
+from edgenb.agent.storage import Disk, Store, read_journal
 
 FAST = Path('/dev/shm') if Path('/dev/shm').is_dir() else None   # thousands of small folders
 
@@ -148,6 +148,15 @@ def test_one_sync_left_out_of_the_journal_is_found(here, monkeypatch):
     monkeypatch.undo()
     why = [survives(story, s, here/'try') for _, s in random.Random(0).sample(list(states(log, random.Random(0))), 300)]
     assert any('state.json is torn' in w for w in why)
+
+
+def test_the_sync_that_makes_a_slot_forgotten_before_it_is_emptied_is_missed_when_it_is_left_out(here, monkeypatch):
+    story, real = Story('third', here), Disk.sync_folder
+    monkeypatch.setattr(Disk, 'sync_folder', lambda self, path: None if path == here/'recorded' else real(self, path))   # where the journal lies
+    log = record(story)
+    monkeypatch.undo()
+    why = [survives(story, s, here/'try') for _, s in random.Random(1).sample(list(states(log, random.Random(0))), 300)]
+    assert any('does not hold what the journal says' in w for w in why)
 
 
 def test_a_journal_that_is_lost_or_damaged_is_made_again_from_the_slots(here):

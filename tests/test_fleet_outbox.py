@@ -150,6 +150,47 @@ def test_an_agent_that_runs_reports_what_it_decides_and_its_update(tmp_path):
     assert sum(m.get('edgenb.decision.count', 0) for d, m in rows if d == digest) >= 25 and rows[0][1]['edgenb.process.restart.count'] == 1
     assert [sum(m.get(f'edgenb.outcome.{n}', 0) for d, m in rows if d == digest) for n in ('count', 'error.count')] == [3, 1]
 
+def test_an_agent_that_is_killed_says_so_at_its_next_start_and_one_that_is_stopped_does_not(tmp_path):
+    "What the guard `crashes` of a rollout judges by; nothing told it before."
+    from tinyfleet import Plant, tiny_bundle
+    from edgenb.agent.service import enrol as agent_enrol
+    from edgenb.agent.storage import Store, load_device
+    from edgenb.fleet.collector import evidence
+    from edgenb.fleet.cohorts import ALL
+    from edgenb.fleet.reporter import configure, outbox_at, public_key
+    plant = Plant(tmp_path/'plant', datetime.datetime.now(datetime.UTC).replace(microsecond=0))
+    digest = tiny_bundle(tmp_path/'v1'); plant.release(tmp_path/'v1'); plant.campaign(digest)
+    (tmp_path/'root.json').write_bytes(plant.root)
+    device = agent_enrol(tmp_path/'agent', tmp_path/'root.json', str(plant.path), 'plant-1', 'orin', '', 'toy', [], trial_s=1)
+    db = tmp_path/'fleet.db'
+    told = enrol(db, public_key(tmp_path/'agent'), device.site, device.hardware, device.id); accept(db, digest)
+    configure(tmp_path/'agent', told['collector'])
+    def serves(): return (h := Store(tmp_path/'agent').load().serving()) and h.good
+    for end in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGTERM):
+        running = start(AGENT, tmp_path/'agent', Path(__file__).parent)
+        assert 'http' in running.stdout.readline()
+        if not serves(): running.send_signal(signal.SIGHUP)
+        for _ in range(100):
+            if serves(): break
+            time.sleep(0.1)
+        assert serves()
+        running.send_signal(end); running.wait(30); running.stdout.close()
+    box = outbox_at(tmp_path/'agent', load_device(tmp_path/'agent').id)
+    take(db, batch(box)[0])
+    with store(db) as d: assert sum(json.loads(t).get('edgenb.process.crash.count', 0) for t, in d.execute('SELECT metrics FROM rows')) == 2
+    now = int(time.time()//60) + 10
+    e = evidence(db, {'release': digest, 'replaces': None, 'seed': 'ab', 'strata': ['site', 'hardware'], 'cutoffs': {'*': ALL}}, now - 500, now - 400, now)
+    assert e.arm.tolist() == [1] and e.crashes.tolist() == [2]
+    (tmp_path/'agent/running').write_text('before the power went')
+    running = start(AGENT, tmp_path/'agent', Path(__file__).parent); running.stdout.readline(); running.send_signal(signal.SIGTERM); running.wait(30); running.stdout.close()
+    assert box.waiting and 'crash' not in str([json.loads(r) for r in rows_waiting(tmp_path/'agent/telemetry.db')])
+
+
+def rows_waiting(path):
+    import sqlite3
+    from contextlib import closing
+    with closing(sqlite3.connect(path)) as db: return [r for r, in db.execute('SELECT row FROM rows WHERE NOT handed_out')]
+
 # ---------------------------------------------------------------- whatever the order
 
 class Deliveries(RuleBasedStateMachine):

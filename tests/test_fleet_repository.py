@@ -344,3 +344,32 @@ def test_the_commands_lead_from_a_ceremony_to_a_stick(tmp_path, monkeypatch, cap
     assert [f['ok'] for f in json.loads(run('repository check REPO --json'))].count(False) == 0
     assert run('keys sign bundle --keys KEYS/holder-2 --yes').endswith('signed by models-2\n')
     assert main('keys rotate models --repository REPO --keys KEYS --remove models-7'.split()) == 2 and 'Did you mean models-4' in capsys.readouterr().err
+
+
+def test_a_campaign_cannot_be_published_for_a_release_of_another_model(tmp_path, keys, repository):
+    from tinyfleet import tiny_bundle
+    digests = {n: tiny_bundle(tmp_path/n, n, name=n) for n in ('toy', 'other')}
+    for n in digests: assert repository.publish(tmp_path/n, signers=keys[2]).done
+    c = {'id': 'c1', 'name': 'toy', 'release': digests['toy'], 'replaces': digests['other'], 'state': 'running'}
+    with pytest.raises(EdgenbError, match='is about toy, but .* is other:1'): repository.set_campaigns({'campaigns': [c]}, keys[2])
+    assert repository.set_campaigns({'campaigns': [c | {'replaces': None}]}, keys[2]).done
+
+
+def test_a_device_that_is_enrolled_knows_that_it_is_no_earlier_than_its_root(tmp_path, keys, repository):
+    from edgenb.agent.service import enrol
+    from edgenb.agent.storage import Store
+    enrol(tmp_path/'device', repository.path/'metadata/1.root.json', str(repository.path), 'plant-3', 'orin')
+    assert abs(Store(tmp_path/'device').load().floor - repository.clock().timestamp()) < 3600
+
+
+def test_who_signs_a_stick_is_shown_what_it_will_make_devices_do(tmp_path, keys, repository):
+    from edgenb.fleet.stick import describe_export, export_usb
+    from tinyfleet import tiny_bundle
+    d = tiny_bundle(tmp_path/'toy', 'toy'); assert repository.publish(tmp_path/'toy', signers=keys[2]).done
+    repository.set_campaigns({'campaigns': [{'id': 'c1', 'name': 'toy', 'release': d, 'replaces': None, 'state': 'running'}]}, keys[2])
+    export_usb(repository, tmp_path/'stick', valid_days=30)
+    said = '\n'.join(describe_export(tmp_path/'stick'))
+    assert all(w in said for w in ('timestamp, version', 'valid until', 'serial 1', f'c1: toy, {d[:16]} in place of nothing, running')), said
+    document = next((tmp_path/'stick/targets/campaigns').glob('*.json'))
+    document.write_text(document.read_text().replace('running', 'aborted'))
+    with pytest.raises(EdgenbError, match='do not sign'): describe_export(tmp_path/'stick')

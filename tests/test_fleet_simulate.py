@@ -201,7 +201,7 @@ def test_the_gate_of_peers_ships_a_model_that_is_twice_as_wrong():
 
 
 def test_a_bad_model_reaches_few_and_a_good_one_arrives():     # 1,000 seeds of each: benchmarks/fleet.py
-    bad, good = (summary(rehearse_many(World(change=c), range(2000, 2012), policy=replace(policy(340), deadline_hours=240))) for c in (0.03, 0.0))
+    bad, good = (summary(rehearse_many(World(change=c), range(2000, 2012), policy=policy(340))) for c in (0.03, 0.0))
     assert bad['within']['count'] == bad['rolled-back']['count'] == 12 and bad['stuck'] == bad['still_new'] == 0
     assert good['complete']['count'] >= 11 and good['exposed_share']['median'] > 0.95
 

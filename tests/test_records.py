@@ -187,7 +187,7 @@ def squeezed(read, tiny):
     from edgenb.language import squeeze, tune
     run, card = read
     tune(run, model_name_or_path=str(tiny), instruction='Give the code.', max_tokens=96, num_train_epochs=4, learning_rate=5e-3, lora_r=8, lora_alpha=16, accept_gates=accepted(card), num_threads=1)
-    squeeze(run, levels=['f16', 'q8_0', 'q4_k_m', 'gptq'], importance=True, importance_notes=8, num_threads=1)
+    squeeze(run, levels=['f16', 'q8_0', 'q4_k_m', 'q8_0+adapter', 'gptq'], importance=True, importance_notes=8, num_threads=1)
     return run
 
 
@@ -209,14 +209,46 @@ def shipped(squeezed):
 
 def test_every_hop_of_a_language_model_is_judged(shipped):
     rows = {r['artifact']: r for r in shipped.card('verify').result['rows']}
-    assert list(rows) == ['reference', 'squeezed', 'gguf-f16', 'gguf-q8_0', 'gguf-q4_k_m', 'gguf-base']
+    assert list(rows) == ['reference', 'squeezed', 'gguf-f16', 'gguf-q8_0', 'gguf-q4_k_m', 'gguf-q8_0+adapter', 'gguf-base']
     assert rows['squeezed']['language']['top1'] == 1 and rows['squeezed']['language']['kl_mean'] < 1e-4
     assert rows['gguf-f16']['language']['kl_mean'] < 0.01 < rows['gguf-base']['language']['kl_mean'] and rows['gguf-f16']['flipped'] == []
     assert rows['gguf-base']['verdict'] == 'fail' and 'before tuning' in rows['gguf-base']['reason'] and all(rows[n]['language']['tokens_per_s'] > 0 for n in rows if n.startswith('gguf'))
     assert rows['gguf-f16']['size_mb'] > rows['gguf-q8_0']['size_mb']
+    assert rows['gguf-q8_0+adapter']['language']['kl_mean'] < 0.01 and rows['gguf-q8_0+adapter']['size_mb'] > rows['gguf-q8_0']['size_mb']
     types = shipped.card('compile').result['types']['gguf-q4_k_m']
     assert types['left'] and '96' in types['why']                             # the label says K-quants; rows of 96 columns cannot be
     assert {p.split('/', 1)[1] for p in shipped.card('compile').wrote} >= {'gguf-q4_k_m.Modelfile', 'vllm.md'} and 'gguf-base.Modelfile' not in str(shipped.card('compile').wrote)
+
+
+def test_a_bundle_with_base_and_adapter_apart_is_updated_by_the_adapter_alone(shipped, tiny, tmp_path):
+    import shutil
+    from edgenb.fleet.delta import chunk_files, plan, slot_files
+    from edgenb.golden import check_golden
+    from edgenb.gguf import write_gguf
+    from edgenb.kquants import quantize
+    from edgenb.language import prompt_of_run
+    from edgenb.ship import bundle_of, load_bundle, ship
+    run = Run(tmp_path/'run')
+    run.path.mkdir()
+    for p in shipped.path.iterdir():
+        if p.name[:2] in ('01', '02', '03', '04', '05'): (run.path/p.name).symlink_to(p)
+    ship(run, artifact='gguf-q8_0+adapter', accept=['undecided'])
+    bundle = bundle_of(run)
+    assert sorted(p.name for p in (bundle/'model').iterdir()) == ['adapter.gguf', 'base.gguf'] and check_golden(bundle).ok
+    note = visits()[0].text
+    merged, apart = (np.array([p for _, p in sorted(load_bundle(b).predict([note.encode()])[0]['codes'])]) for b in (bundle_of(shipped), bundle))
+    assert np.abs(merged - apart).max() < 0.02
+    base = quantize(write_gguf(tiny, tmp_path/'f16.gguf', prompt_of_run(run)), tmp_path/'base.gguf', 'q8_0', num_threads=1)
+    assert base.read_bytes() == (bundle/'model/base.gguf').read_bytes()          # whatever was tuned
+    after = shutil.copytree(bundle, tmp_path/'after')
+    adapter = bytearray((after/'model/adapter.gguf').read_bytes()); adapter[-2000:] = np.random.default_rng(0).bytes(2000)
+    (after/'model/adapter.gguf').write_bytes(adapter)
+    release = {'edgenb_release': 1, 'bundle': '0'*64, 'files': (files := chunk_files(after, tmp_path/'blobs')), 'total_bytes': sum(f['length'] for f in files), 'deltas': []}
+    p = plan(release, slot_files(bundle))
+    assert p.kind == 'kept' and p.bytes <= len(adapter) < 0.5*p.total_bytes
+    (bundle/'model/adapter.gguf').unlink()
+    from edgenb.runtimes.gguf import Gguf
+    with pytest.raises(EdgenbError, match='adapter.gguf'): Gguf.load(bundle/'model')
 
 
 def test_no_card_log_or_bundle_holds_a_word_of_a_note(shipped):
@@ -289,7 +321,7 @@ def test_the_card_has_every_action_and_names_no_note(shipped, tmp_path):
 def test_levels_for_gpus_are_made_where_they_can_be_and_end_no_run_elsewhere(squeezed, merged, monkeypatch):
     from edgenb import handoff, language
     told = squeezed.card('squeeze').result
-    assert told['precisions'] == ['f16', 'q8_0', 'q4_k_m'] and told['skipped'] == ({'gptq': handoff.gpu_missing()} if handoff.gpu_missing() else {})
+    assert told['precisions'] == ['f16', 'q8_0', 'q4_k_m', 'q8_0+adapter'] and told['skipped'] == ({'gptq': handoff.gpu_missing()} if handoff.gpu_missing() else {})
     def made(folder, out, method, texts):
         if method == 'gptq': raise RuntimeError(f'cannot tokenize {texts[0]!r}')
         (out.mkdir(), (out/'config.json').write_text(method))
@@ -299,6 +331,7 @@ def test_levels_for_gpus_are_made_where_they_can_be_and_end_no_run_elsewhere(squ
     told = language.squeeze(merged, levels=['q8_0', 'awq', 'gptq'], num_threads=1).result     # asked again, since now it can
     assert merged.file('squeeze', 'awq/config.json').read_text() == 'awq' and told['skipped'] == {'gptq': 'LLM Compressor could not (RuntimeError)'}   # not a word of a note
     with pytest.raises(EdgenbError, match='at least one level of GGUF'): language.squeeze(merged, levels=['awq'], num_threads=1)
+    with pytest.raises(EdgenbError, match='Did you mean q8_0.adapter'): language.squeeze(merged, levels=['q8_0+adaptor'], num_threads=1)
 
 
 @pytest.fixture

@@ -77,7 +77,8 @@ def test_any_image_model_of_transformers_goes_through_the_loop_from_a_folder(fre
 
 
 def test_a_hub_id_without_a_network_says_what_to_pass_instead(fresh, monkeypatch):
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)   # read from the environment at import, which may have been: it would try for minutes
     with pytest.raises(EdgenbError, match='pass a local folder or bundled:efficientnet-lite0'):
         tune(fresh, model_name_or_path='nobody/no-such-model', accept_gates=gates(fresh), **SMALL)
 

@@ -1,10 +1,10 @@
 """What the signed campaigns ask of this device: pure functions, so that every answer can be explained and tested. Written by hand, not exported."""
 import datetime, re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import edgenb
 from edgenb.core import EdgenbError
 from edgenb.fleet.cohorts import takes_part
-from edgenb.fleet.windows import window_open
+from edgenb.fleet.windows import days_of, minute_of, window_open
 from .storage import Device, Journal
 
 FORMAT = 1   # of campaigns.json and of a release
@@ -21,6 +21,8 @@ class Decision:
     now: bool = True         # may it be switched on now, or only fetched
     windows: tuple = ()      # of the campaign
     agent: str = '0'         # oldest agent that the campaign takes
+    name: str = ''           # of the model that the campaign is about
+    named: bool = False      # its release is what this device serves
 
 
 def version_tuple(text: str) -> tuple:
@@ -53,7 +55,15 @@ def decide(document: dict,                # campaigns.json, verified
     if not _sound(c): return stay(f"campaign {c.get('id', '?')} is damaged or of a format that this agent does not know")
     if c['state'] not in STATES: return stay(f"campaign {c['id']} is '{c['state']}', which this agent ({version}) does not know: install a newer edgenb", c['id'])
     if version_tuple(c.get('agent', '0')) > version_tuple(version): return stay(f"campaign {c['id']} needs agent {c['agent']}, this is {version}: install a newer edgenb", c['id'])
-    return _timed(_wanted(c, device, journal, {m['release'] for m in {m['release']: m for m in mine if _sound(m)}.values() if m['state'] == 'rolled-back'}), c, journal, at)
+    d = _timed(_wanted(c, device, journal, {m['release'] for m in {m['release']: m for m in mine if _sound(m)}.values() if m['state'] == 'rolled-back'}), c, journal, at)
+    held = journal.serving()
+    return replace(d, name=c['name'], named=held is not None and held.digest == c['release'])
+
+
+def given_up(journal: Journal, release: str, campaign: str) -> str:   # why; '' if it is not
+    "Whether a release failed here too often to be tried again for this campaign."
+    failed = journal.tries.get(release)
+    return f"release {release[:12]}… failed here ({failed['reason']}): not tried again until another campaign names it" if failed and failed['quarantined'] and failed['campaign'] == campaign else ''
 
 
 def _wanted(c: dict, device: Device, journal: Journal, withdrawn: set) -> Decision:   # withdrawn: releases whose last campaign was rolled back
@@ -78,8 +88,9 @@ def _wanted(c: dict, device: Device, journal: Journal, withdrawn: set) -> Decisi
 def _timed(d: Decision, c: dict, journal: Journal, at: datetime.datetime) -> Decision:
     "Quarantine and maintenance windows. A device that serves nothing waits for no window."
     if d.release is None or (journal.serving() and journal.serving().digest == d.release): return Decision(None, d.why, d.campaign)
-    failed = journal.tries.get(d.release)
-    if failed and failed['quarantined'] and failed['campaign'] == d.campaign: return Decision(None, f"{d.why}, but release {d.release[:12]}… failed here ({failed['reason']}): not tried again until another campaign names it", d.campaign)
-    try: now = journal.serving() is None or window_open(c.get('windows', []), at)
+    if why := given_up(journal, d.release, d.campaign): return Decision(None, f'{d.why}, but {why}', d.campaign)
+    try:
+        for w in c.get('windows', []): days_of(w['days']), minute_of(w['from']), minute_of(w['to'])   # all of them: they are read again later
+        now = journal.serving() is None or window_open(c.get('windows', []), at)
     except (EdgenbError, KeyError, TypeError, AttributeError) as e: return Decision(None, f'campaign {d.campaign}: its maintenance windows cannot be read ({e})', d.campaign)
     return Decision(d.release, d.why, d.campaign, now, tuple(c.get('windows', [])), str(c.get('agent', '0')))

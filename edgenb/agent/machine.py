@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from edgenb.core import EdgenbError
 from edgenb.fleet.windows import until_open, window_open, windows_text
-from .decide import Decision, decide, version_tuple
+from .decide import Decision, decide, given_up, version_tuple
 from .serve import available_mb
 from .storage import Device, Held, Journal, REFUSED_KEPT, Store, told
 from .trust import Deadline, OutOfTime, Source, Unreachable, look, now_trusted, source_of
@@ -140,7 +140,9 @@ class Machine:
     def go(self, state: str, why: str):
         self.before, self.state, self.why, self.since = self.state, state, why, self.clock()
         self.entered = self.steady()
-        self.due = self.entered + (self._pause() if state == 'BACK_OFF' else self._until_poll() if state == 'IDLE' else 0)
+        if state == 'IDLE' and self.before not in ('BACK_OFF', 'START'): self.failures = 0   # it looked, and nothing failed on the way
+        try: self.due = self.entered + (self._pause() if state == 'BACK_OFF' else self._until_poll() if state == 'IDLE' else 0)
+        except Exception as e: self.due = self.entered + 60; self.last['due'] = told(e)   # such as a damaged journal: not a reason to stop serving
         self.tell()
 
     def rest(self) -> float:
@@ -184,7 +186,7 @@ class Machine:
         self.journal = self.store.save(replace(self.journal, **changes))
 
     def _served(self) -> bool: return bool(self.journal.active) and self.server.slot == self.journal.active
-    def _unserved(self) -> bool: return self.started and (bool(self.journal.active) and not self._served() or self.journal.trial and self.trial_began is None)
+    def _unserved(self) -> bool: return not self.started or bool(self.journal.active) and not self._served() or self.journal.trial and self.trial_began is None
 
     # -- the states
     def _start(self, deadline):
@@ -200,8 +202,7 @@ class Machine:
         if why := self._doubtful(): return 'failure', f'release {held.digest[:12]}… in use: {why}'
         limit = max(1, self.device.tries) if self.journal.trial else STARTS
         if self.journal.starts > limit and self._fallback(): return 'failure', f'the agent ended {self.journal.starts - 1} times before release {held.digest[:12]}… had served for {SETTLED_S} s'
-        if self.store.holds(active) is None: return 'failure', f'slot {active} is damaged: its files are not what the manifest says'
-        deadline.check()
+        if self.store.holds(active) is None: return 'failure', f'slot {active} is damaged: its files are not what the manifest says'   # a slow disk is no reason not to serve what is whole
         if not self._served(): self.server.serve(self.store.slot(active), held.digest)
         return ('success', f'serves {held.digest[:12]}… from slot {active}, on trial') if self.journal.trial else ('nothing', f'serves {held.digest[:12]}… from slot {active}')
 
@@ -246,7 +247,8 @@ class Machine:
         plan = {'release': decision.release, 'campaign': decision.campaign, 'windows': list(decision.windows), 'expires': view.expires, 'why': decision.why} if decision.release else None
         if (serial, view.root, plan) != (self.journal.serial, self.journal.root, self.journal.plan) or floor - self.journal.floor > 3600:   # not at every look: flash wears out
             self.save(serial=serial, root=view.root, floor=floor, plan=plan)
-        self.decision, self.view, self.checked, self.failures = decision, view, self.steady(), 0
+        self.decision, self.view, self.checked = decision, view, self.steady()
+        if decision.named and (held := self.journal.serving()).campaign != decision.campaign: self.save(slots=self.journal.with_slot(self.journal.active, replace(held, campaign=decision.campaign)).slots)   # the one for which it would be given up
         if not self.journal.trial: self.server.fresh()
         if decision.release is None:
             self._tidy()
@@ -263,6 +265,7 @@ class Machine:
         plan, now = self.journal.plan, now_trusted(self.journal.floor, self.clock())
         other = self.journal.held(self.journal.other())
         if not plan or now >= plan['expires'] or not other or other.digest != plan['release']: raise error
+        if why := given_up(self.journal, plan['release'], plan['campaign']): raise Unreachable(f'{why} ({told(error)})')
         open_ = window_open(plan['windows'], self._local())
         self.decision, self.view, self.checked = Decision(plan['release'], plan['why'], plan['campaign'], open_, tuple(plan['windows'])), None, self.steady()
         if not open_: raise error
@@ -274,6 +277,7 @@ class Machine:
         if self._ready(other, d.release): return 'success', 'the other slot holds it already'
         if self.view is None: raise EdgenbError('nothing was read from the repository')
         release = self.view.release(d.release)
+        if d.name and release['name'] != d.name: raise EdgenbError(f"campaign {d.campaign} is about {d.name}, but release {d.release[:12]}… is {release['name']}: refused")   # who has the online key chooses among the releases of a model, not among models
         if version_tuple(release.get('agent', '0')) > version_tuple(_agent_version()): return 'nothing', f"release {d.release[:12]}… needs agent {release['agent']}, this is {_agent_version()}: install a newer edgenb"
         held = self.journal.serving()
         active = self.store.slot(self.journal.active) if held else None
@@ -309,6 +313,7 @@ class Machine:
                 deadline.check()
             if got < length: raise Unreachable(f'blob {sha[:12]}… broke off after {got:,} of {length:,} bytes: goes on from there')
         self.store.finish(sha)
+        self.failures = 0   # a bad line that gets something through is worth another try soon
 
     def _stage(self, deadline):
         from edgenb.fleet.delta import assemble
@@ -348,8 +353,10 @@ class Machine:
         if self.steady() - self.checked > RECHECK_S: return 'nothing', 'the campaigns were read too long ago: read again before anything is switched'
         held = self.journal.held(other)
         if not held.proven:
+            tries = self.journal.tries
             self._count(d.release, d.campaign, 'it took the device down during its health check')   # before: a crash must count
             proof = self.prover(self.store.slot(other), deadline, self.device.memory_mb)
+            if not proof.ok and self.stopped(): self.save(tries=tries); deadline.check()   # a service that is stopped is nobody's failure
             self.observe('edgenb.agent.health', float(proof.ok))
             if not proof.ok:
                 self._reason(d.release, proof.reason)
@@ -374,9 +381,9 @@ class Machine:
         held, back = self.journal.held(other), self.journal.active if self.journal.serving() and self.journal.serving().good else ''
         if held is None or not self._ready(other, held.digest): raise EdgenbError(f'slot {other} holds nothing that could serve')
         t = self.journal.tries.get(held.digest)
+        if self.stopped(): deadline.check()   # not by the clock: reading a large slot again may take long, and says nothing about the model
         self.save(active=other, trial=True, back=back, starts=0, tries=self.journal.tries | ({held.digest: t | {'reason': 'it took the agent down on trial'}} if t else {}))
         self.trial_began, self.settled = None, False
-        deadline.check()
         self.server.serve(self.store.slot(other), held.digest, self.need_mb)
         return 'success', f'serves {held.digest[:12]}… from slot {other}, on trial for {self.device.trial_s} s'
 
@@ -410,7 +417,8 @@ class Machine:
         if held is None: return 'success', why
         whole = self.store.holds(active) is not None
         if not to and not self.journal.trial and whole: return 'success', f'{why}; there is no other slot to go back to, it is tried again'
-        if to: self.server.serve(self.store.slot(to), self.journal.held(to).digest)   # first: if that fails too, it is not the model's fault
+        self.trial_began = None    # if this fails, START and TRIAL come to it again
+        if to and self.server.slot != to: self.server.serve(self.store.slot(to), self.journal.held(to).digest)   # first: if that fails too, it is not the model's fault
         if whole:   # one that was committed has had all its chances
             if held.digest not in self.journal.tries: self._count(held.digest, held.campaign, why)
             self._reason(held.digest, why, final=not self.journal.trial)
@@ -435,8 +443,8 @@ class Machine:
         if held is None or before is None or not before.good or not self._ready(other, before.digest): raise EdgenbError('there is no earlier model to go back to')
         if self.state not in ('IDLE', 'BACK_OFF', 'TRIAL'): raise EdgenbError(f'the agent is at {self.state}: try again when it rests')
         tries = self.journal.tries | {held.digest: {'count': self.device.tries, 'campaign': held.campaign, 'reason': 'rolled back by hand', 'quarantined': True}}
+        self.server.serve(self.store.slot(other), before.digest)   # first: if it cannot be loaded, nothing has changed
         self.save(active=other, trial=False, back='', starts=0, tries=tries, plan=None)
-        self.server.serve(self.store.slot(other), before.digest)
         self.trial_began = None
         self.go('IDLE', f'rolled back by hand to {before.digest[:12]}… in slot {other}')
         return self.why

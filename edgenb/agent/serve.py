@@ -62,7 +62,7 @@ class Server:
         "Too little memory for two: requests wait while one leaves and the other comes."
         with self._gate: self._closed = True
         try:
-            self._drain(old)
+            if not self._drain(old): raise Busy(f'a request has used the model for {PATIENCE_S:g} s: it is not exchanged now')   # not taken away from under a request
             with self._gate: self._now = None
             old.model = None
             gc.collect()
@@ -75,9 +75,9 @@ class Server:
         finally:
             with self._gate: self._closed = False; self._gate.notify_all()
 
-    def _drain(self, old, seconds=PATIENCE_S):
+    def _drain(self, old, seconds=PATIENCE_S) -> bool:
         "Wait until nobody uses a model any more."
-        with self._gate: self._gate.wait_for(lambda: old.users == 0, seconds)
+        with self._gate: return self._gate.wait_for(lambda: old.users == 0, seconds)
 
     def drop(self, why: str = 'the last model was given up and there is no other'):
         "Serve nothing."
@@ -144,7 +144,7 @@ class Server:
 
     def outcome(self, correct: bool, model: str):   # digest of the bundle that decided, as `decide` returned it
         "Somebody has said whether a decision was right: what a rollout is judged by."
-        if model not in self.known: raise EdgenbError(f'{model[:12] or "no model"} is no model that decided here: send the "model" that came with the answer')
+        if model not in self.known: raise EdgenbError(f'{model[:12] or "no model"} has decided nothing here: send the "model" that came with the answer')
         if not correct: self.observe('edgenb.outcome.error.count', 1, model)
         self.observe('edgenb.outcome.count', 1, model)
 

@@ -1,5 +1,5 @@
 """The agent as a program: enrolled, asked once, or running; and in the program of a user, `Agent`. Written by hand, not exported."""
-import contextlib, datetime, json, os, re, secrets, signal, sys, threading, time
+import contextlib, json, os, re, secrets, signal, sys, threading, time
 from pathlib import Path
 from edgenb.core import EdgenbError, json_text
 from edgenb.fleet.windows import days_of, minute_of
@@ -57,7 +57,7 @@ class Agent:
         self.store = Store(self.root).open()
         self.store.lock()
         self.server = Server(load, observe)
-        self.server.known |= {h.digest for h in self.store.load().slots.values()}   # labels that come after a restart are of these
+        with contextlib.suppress(OSError): self.server.known |= {h.digest for h in self.store.load().slots.values()}   # labels come late, also for what decided before a restart
         self.stopping, self.woken = threading.Event(), threading.Event()
         self.machine = Machine(self.store, self.device, (self.root/'root.json').read_bytes(), self.server, prove, clock=clock, steady=steady, stopped=self.stopping.is_set, observe=observe)
         self.http = None
@@ -104,12 +104,13 @@ class Agent:
         if not path.exists() or self.machine.state not in ('IDLE', 'BACK_OFF', 'TRIAL'): return
         try: want = json.loads(path.read_bytes())
         except (OSError, ValueError): want = {}
+        if self.machine.state == 'TRIAL' and want.get('do') == 'poll': return   # a stick is read when the trial is over
         with contextlib.suppress(OSError): path.unlink()
         try:
             if want.get('do') == 'rollback': self.machine.roll_back_by_hand()
             elif want.get('do') == 'poll' and want.get('usb'): self.poll(want['usb'])
             elif want.get('do') == 'poll': self.machine.poll()
-        except EdgenbError as e: self.machine.why = told(e); self.machine.tell()
+        except Exception as e: self.machine.why = told(e); self.machine.tell()   # a full disk, a model that does not load: what serves goes on
 
     def wake(self, poll: bool = False):
         if poll: self.machine.poll()
@@ -143,13 +144,32 @@ def run(root: Path, port: int | None = None):
     with Agent(root, observe=box and observe) as agent, contextlib.ExitStack() as beside:
         for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, lambda *a: agent.stop())
         signal.signal(signal.SIGHUP, lambda *a: agent.wake(poll=not (agent.root/'request.json').exists()))
+        crashed = beside.enter_context(_running(agent.root))
+        if box and crashed: _tell_crash(box, agent.store.load().serving())
         agent.machine.step()   # serve first
-        if box:
-            reporter = Reporter(box, root, setup_of(root), lambda: _told(agent.machine)).start()
-            beside.push(lambda kind, *_: reporter.stop(well=kind is None))
+        if box: beside.callback(Reporter(box, root, setup_of(root), lambda: _told(agent.machine)).start().stop)
         print(f'edgenb agent: device {agent.device.id}, http://127.0.0.1:{agent.listen(port)}, {agent.machine.why}', flush=True)
         agent.run()
     print('edgenb agent: stopped', flush=True)
+
+
+@contextlib.contextmanager
+def _running(root):
+    "Whether the process before this one crashed: its mark is still there, and the machine was not started since (a loss of power is no crash)."
+    mark, start = Path(root)/'running', ''
+    with contextlib.suppress(OSError): start = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    try: crashed = start != '' and mark.read_text() == start
+    except OSError: crashed = False
+    with contextlib.suppress(OSError): mark.write_text(start)
+    yield crashed
+    with contextlib.suppress(OSError): mark.unlink()     # an exception does not come here: it is a crash too
+
+
+def _tell_crash(box, held):
+    "On the disk at once: a model that crashes every half hour would never come to close a row of its own."
+    model = held.digest if held else None
+    try: box.set_model(model); box.observe('edgenb.process.crash.count', 1, model); box.close()
+    except EdgenbError as e: print(f'edgenb agent: telemetry: {e}', file=sys.stderr, flush=True)
 
 
 def _told(machine) -> dict:
@@ -161,8 +181,10 @@ def hand_over(root: Path, request: dict) -> int | None:   # the process
     "Ask the agent that runs in `root`; None if none does."
     store = Store(root)
     if (owner := store.owner()) is None: return None
-    store.put(store.root/'request.json', json_text(request))
-    os.kill(owner, signal.SIGHUP)
+    try:
+        store.put(store.root/'request.json', json_text(request))
+        os.kill(owner, signal.SIGHUP)
+    except PermissionError: raise EdgenbError(f'{root} belongs to another user: run this as the user who runs the agent (process {owner})') from None
     return owner
 
 

@@ -12,6 +12,7 @@ import contextlib, fcntl, json, os, shutil, stat
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from edgenb.core import EdgenbError, FILE_ADVICE, digest, json_text
+from edgenb.fleet.windows import days_of, minute_of
 
 SLOTS = ('a', 'b')
 REFUSED_KEPT = 32   # failed releases that the journal remembers
@@ -47,7 +48,7 @@ class Held:
     digest: str             # of the bundle's manifest
     name: str = ''
     version: int = 0
-    campaign: str = ''      # that brought it
+    campaign: str = ''      # that brought it, or that named it since
     proven: bool = False    # it has passed the health check on this device
     good: bool = False      # it has passed its trial as well
 
@@ -114,7 +115,11 @@ class Store:
 
     def lock(self):
         "Hold the folder for this process; the operating system lets go when the process ends. EdgenbError if another one holds it."
-        self._lock = open(self.root/'lock', 'a+')
+        try: self._lock = open(self.root/'lock', 'a+')
+        except OSError:
+            try: self._lock = open(self.root/'lock')   # the disk is read-only; what was installed serves all the same
+            except FileNotFoundError: return   # nor can anybody else work in it
+            except OSError as e: raise EdgenbError(f'{self.root}/lock cannot be opened ({e.strerror}): run this as the user who runs the agent') from None
         try: fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.seek(0); owner = self._lock.read().strip(); self._lock.close(); self._lock = None
@@ -127,7 +132,7 @@ class Store:
 
     def owner(self) -> int | None:
         "The process that holds the folder; None if nobody does."
-        try: f = open(self.root/'lock', 'r+')
+        try: f = open(self.root/'lock')
         except OSError: return None
         with f:
             try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -254,11 +259,25 @@ class Device:
     def stratum(self) -> str: return f'{self.site}/{self.hardware}'
 
 
+def checked_device(d: Device, path: Path) -> Device:
+    "Refuse what a hand has mistyped, before it stops an agent in the field."
+    for name, low in dict(poll_s=1, trial_s=0, tries=1, limit_mb=0, reserve_mb=0, memory_mb=0, port=0).items():
+        v = getattr(d, name)
+        if not (v is None and name == 'limit_mb') and (isinstance(v, bool) or not isinstance(v, (int, float)) or not low <= v < 2**31): raise EdgenbError(f'{path}: {name} = {v!r} must be a number, {low} or more')
+    for name in ('id', 'site', 'hardware', 'repository', 'model'):
+        if not isinstance(getattr(d, name), str): raise EdgenbError(f'{path}: {name} = {getattr(d, name)!r} must be text')
+    try:
+        for w in d.connect: days_of(w['days']), minute_of(w['from']), minute_of(w['to'])
+    except (KeyError, TypeError): raise EdgenbError(f"{path}: connect must be a list of windows such as {{'days': 'mon-fri', 'from': '08:00', 'to': '18:00'}}") from None
+    return d
+
+
 def load_device(root: Path) -> Device:
     "device.json, checked."
     path = Path(root)/'device.json'
     try: values = json.loads(path.read_text(encoding='utf-8'))
+    except PermissionError: raise EdgenbError(f'{path} may not be read: run this as the user who runs the agent') from None
     except FileNotFoundError: raise EdgenbError(f'{root} is not enrolled: edgenb agent enrol --help says how') from None
     except ValueError: raise EdgenbError(f'{path} is damaged: enrol the device again') from None
-    try: return Device(**{k: v for k, v in values.items() if k != 'edgenb_device'})
+    try: return checked_device(Device(**{k: v for k, v in values.items() if k != 'edgenb_device'}), path)
     except TypeError as e: raise EdgenbError(f'{path}: {str(e).split(") ", 1)[-1].split("() ", 1)[-1]}; enrol the device again') from None

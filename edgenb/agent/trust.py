@@ -80,7 +80,7 @@ class FolderSource(Source):
     def __init__(self, folder: str | Path): self.base = str(Path(folder).absolute())
 
     def pieces(self, url, offset):
-        path = posixpath.normpath(unquote(url))
+        path = posixpath.normpath(self.base + unquote(url.removeprefix(self.base)))   # the folder's own name may hold a %
         if not path.startswith(self.base + '/'): raise tuf_errors.DownloadHTTPError(f'{path} lies outside {self.base}', 404)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)   # a pipe must not hold the agent up

@@ -145,7 +145,7 @@ def exposure_figure(b: Board, look: int):
 def guard_figure(b: Board, name: str, look: int):
     "One figure that is watched, with its boundary."
     points = [p for p in b.figures[name] if p[0] <= b.hours[look]]
-    figure = _figure(b, name, name)
+    figure = _figure(b, name, 'value, rings at its boundary')
     figure.add_scatter(x=[p[0] for p in points], y=[float(p[1]) for p in points], mode='lines', name='value')
     if limits := [(p[0], float(p[2])) for p in points if p[2] is not None]: figure.add_scatter(x=[h for h, _ in limits], y=[v for _, v in limits], mode='lines', name='boundary', line=dict(dash='dot', color='black'))
     return figure

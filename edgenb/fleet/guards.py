@@ -10,6 +10,7 @@ __all__ = ['DEVICE_ALPHA', 'GUARDS', 'RATIO', 'TOLERATED', 'over_share', 'uncert
 from dataclasses import dataclass
 import numpy as np
 from ..core import EdgenbError, did_you_mean
+from .schema import EDGES_MS
 from .sequential import CANARY, CONTROL, KIND_MARGIN, Evidence, compare_kinds, share_evidence
 
 # %% ../../nbs/fleet/guards.ipynb #6f78877b
@@ -73,6 +74,7 @@ def parse_guards(given: list) -> dict:   # name -> limit, None for off
         except ValueError: raise EdgenbError(f"guard {text}: '{number}' is not a number" + (f' of {unit}' if unit else '') + f': write {name}={GUARDS[name].default if GUARDS[name].default is not None else 50:g}{unit if unit in ("ms", "MB", "%", "h") else ""}') from None
         if not (0 <= limit < 1e9 and limit == limit): raise EdgenbError(f'guard {text}: the limit must be 0 or more')
         if name == 'failed' and not 0 < limit < 100 or name == 'confidence' and not 0 < limit < 1: raise EdgenbError(f"guard {text}: the limit must lie between 0 and {100 if name == 'failed' else 1}")
+        if name == 'latency_p99' and limit > EDGES_MS[-1]: raise EdgenbError(f'guard {text}: telemetry tells latencies up to {EDGES_MS[-1]/1000:.0f} s apart; above, it could never ring')
         found[name] = limit
     return found
 

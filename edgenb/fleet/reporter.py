@@ -9,7 +9,7 @@ __all__ = ['public_key', 'configure', 'setup_of', 'outbox_at', 'by_stick', 'mach
 import json, shutil, sys, threading, time
 from pathlib import Path
 import edgenb
-from ..core import EdgenbError, json_text, within, write_json
+from ..core import EdgenbError, json_text, within
 from .envelope import new_key, public_of
 from .outbox import Damaged, Outbox, export_files, https, import_acks, send, set_aside
 from .schema import UPDATE_STATES, Refused, is_hex
@@ -80,13 +80,6 @@ def version_number(text: str = edgenb.__version__) -> int:
     return sum(min(d, 99)*100**i for i, d in zip((2, 1, 0), digits))
 
 # %% ../../nbs/fleet/reporter.ipynb #64be48e2
-def _json(path):
-    try: found = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError): found = None
-    return found if isinstance(found, dict) else {}
-
-def _this_start() -> str: return _read('/proc/sys/kernel/random/boot_id')   # changes whenever the machine starts; stays on the device
-
 class Reporter:
     "Closes rows and sends them, until it is stopped."
     def __init__(self, box: Outbox, root: str | Path, setup: dict,   # of `setup_of`
@@ -95,27 +88,11 @@ class Reporter:
         self.box, self.root, self.setup, self.status, self.clock, self.steady, self.log = box, Path(root), setup, status, clock, steady, log
         self.began, self.closed, self.next_send, self.stopping = steady(), clock(), 0.0, threading.Event()   # what is measured from `began` and waited for until `next_send` does not follow a clock that is set
         if 'model' in (told := status()): box.set_model(told['model'])
-        self._running, self._machine, self._told = self.root/'telemetry.running', _this_start(), None
-        if self._machine and (last := _json(self._running)).get('machine') == self._machine: self._crashed(last.get('model'))
-        self._mark()
-
-    def _crashed(self, model):
-        "A row of its own, at once: what crashes again and again may not live for an interval."
-        self.box.observe('edgenb.process.crash.count', 1, model if is_hex(model, 64) else None)
-        try: self.box.close(int(self.clock()//60))
-        except EdgenbError as e: self.log(f'telemetry: {e}')
-
-    def _mark(self):
-        "Leave word that this process runs and which model decides: if it is there at the next start, and the machine has not been started anew meanwhile, the process crashed or was killed."
-        if (told := {'machine': self._machine, 'model': self.box.model}) == self._told: return
-        try: write_json(self._running, told); self._told = told
-        except EdgenbError as e: self.log(f'telemetry: {e}')   # a full disk: tried again
 
     def tick(self):
         "Look once; called every half minute."
         now, told = self.clock(), self.status()
         if 'model' in told: self.box.set_model(told['model'])
-        self._mark()
         try: facts = machine_facts(self.root)
         except (OSError, ValueError): facts = {}   # a driver that answers nonsense must not stop the rest
         for name, value in facts.items(): self.box.observe(name, value)
@@ -133,10 +110,7 @@ class Reporter:
 
     def run(self, every: float = 30.0):   # seconds
         "Until `stop`; then the last row is closed."
-        due = self.steady() + every
-        while not self.stopping.wait(min(every, 2.0)):
-            self.box.set_model(self.status().get('model', self.box.model)); self._mark()   # soon: a model that is bad may fell the process before the next look
-            if self.steady() >= due: self.look(); due = self.steady() + every
+        while not self.stopping.wait(every): self.look()
         try: self.box.set_model(self.status().get('model')); self.box.close(int(self.clock()//60))
         except EdgenbError as e: self.log(f'telemetry: {e}')
 
@@ -153,7 +127,6 @@ class Reporter:
         self.thread = threading.Thread(target=self.run, name='telemetry', daemon=True); self.thread.start()
         return self
 
-    def stop(self, well: bool = True):   # False: an error ends the process
+    def stop(self):
         "Close the last row."
         self.stopping.set(); self.thread.join(10)
-        if well: self._running.unlink(missing_ok=True)

@@ -47,9 +47,11 @@ def spread_over(rng, decisions: np.ndarray, shares: np.ndarray) -> np.ndarray:  
 # %% ../../nbs/fleet/reports.ipynb #e246c4a5
 class Reports:
     "What is known of each device by now. The telemetry from before the campaign is there."
-    def __init__(self, fleet: Fleet):
+    def __init__(self, fleet: Fleet,
+                 label_delay_h: float = 0.0   # outcomes count from so long after the stage began, and for a canary after its update, as the controller's policy says
+                ):
         n, w = len(fleet), fleet.world
-        self.fleet, self.rng, zero = fleet, np.random.default_rng([fleet.seed, 2]), np.zeros(n)
+        self.label_delay_h, self.fleet, self.rng, zero = label_delay_h, fleet, np.random.default_rng([fleet.seed, 2]), np.zeros(n)
         share = np.clip(fleet.error + season(fleet, zero - w.baseline_h, zero), 0, 1)
         self.errors_before = self.rng.poisson(fleet.labels_h*w.baseline_h*share)
         self.n_before = self.errors_before + self.rng.poisson(fleet.labels_h*w.baseline_h*(1 - share))
@@ -84,7 +86,7 @@ def collect(r: Reports, d: Devices):
     for counts in (r.n, r.errors, r.crashes, r.drift, r.latency, r.confidence): counts[changed] = 0
     r.on_new[i] = new
     start = np.where(new, d.since[i], np.where(np.isfinite(d.left[i]), d.left[i], -np.inf))
-    begin, end = np.maximum(r.labels_to[i], start), d.now - r.fleet.delay[i]
+    begin, end = np.maximum(r.labels_to[i], np.maximum(start, r.since) + np.maximum(0, r.label_delay_h - r.fleet.delay[i])), d.now - r.fleet.delay[i]
     r.labels_to[i] = np.maximum(begin, end)
     some = end > begin
     _label(r, i[some], new[some], begin[some], end[some])

@@ -21,7 +21,7 @@ class Evidence:
     """What is known of each of d devices at one moment of a campaign's stage. Counts are sums over telemetry rows; both arms are counted over the same calendar time, so that a season cancels.
 
     `n_before`, `errors_before` and `confidence_before`: from a fixed time before the *campaign* began, for every device alike. Everything else: from `since`, the beginning of the *stage*
-    (for a canary that updated later, from its update). Guards of which nothing was collected are None. Histograms have one column more than edges:
+    (for a canary that updated later, from its update; outcomes from a day after that in both arms, when late labels are there too). Guards of which nothing was collected are None. Histograms have one column more than edges:
     column i counts values in (edges[i-1], edges[i]], the last one what lies above all edges (OpenTelemetry's explicit bounds)."""
     since: int                      # epoch minute at which the stage began
     at: int                         # epoch minute up to which rows were read
@@ -129,27 +129,36 @@ class Comparison:
             low, high = (np.where(i > 0, d + s*drift_boundary(i, self.margin, alpha)/i, s*np.inf) for d, i, s in ((self.difference, self.info, -1), (self.difference_margin, self.info_margin, 1)))
         return low, high
 
+def _rates(n_before, errors_before, n, errors, canary, control):
+    "Rates before and since, the rate of the old model, and the variance of one outcome."
+    with np.errstate(divide='ignore', invalid='ignore'):
+        before, since = np.where(n_before > 0, errors_before/n_before, 0), np.where(n > 0, errors/n, 0)
+    old = ((errors_before.sum(-1) + (errors*control).sum(-1) + 0.5)/(n_before.sum(-1) + (n*control).sum(-1) + 1))[..., None]
+    return before, since, old, old*(1 - old)
+
+def _less_past(n_before, errors_before, before, since, v, level):
+    "Rates since, of each device's past taken off what predicts; and the variance between devices that is left."
+    with np.errstate(divide='ignore', invalid='ignore'): past = np.where(n_before > 0, level/(level + v/n_before), 0)
+    return since - past*(before - (errors_before.sum(-1)/np.maximum(n_before.sum(-1), 1))[..., None]), level*(1 - past)
+
 def compare(n_before: np.ndarray,        # (..., d) labelled outcomes of each device before the campaign
             errors_before: np.ndarray,   # (..., d) of these wrong
             n: np.ndarray,               # (..., d) since
             errors: np.ndarray,          # (..., d)
             arm: np.ndarray,             # (d,) CANARY, CONTROL or NEITHER
-            margin: float = 0.01         # difference of error rates that does not matter
+            margin: float = 0.01,        # difference of error rates that does not matter
+            least: tuple = (0.0, 0.0)    # variance between devices, and of their own changes, that is known from elsewhere
            ) -> Comparison:
     "Mixture SPRT on the difference in differences of error rates, over devices that differ (Johari et al. 2022 for the mixture SPRT)."
     within('compare', 1e-6, 0.5, margin=margin)
     n_before, errors_before, n, errors = (np.asarray(v, float) for v in (n_before, errors_before, n, errors))
     canary, control = np.asarray(arm) == CANARY, np.asarray(arm) == CONTROL
     with np.errstate(divide='ignore', invalid='ignore'):
-        before, since = np.where(n_before > 0, errors_before/n_before, 0), np.where(n > 0, errors/n, 0)
-        old = ((errors_before.sum(-1) + (errors*control).sum(-1) + 0.5)/(n_before.sum(-1) + (n*control).sum(-1) + 1))[..., None]
+        before, since, old, v = _rates(n_before, errors_before, n, errors, canary, control)
         own = np.maximum(old, ((errors*canary).sum(-1)/np.maximum((n*canary).sum(-1), 1))[..., None])
-        v = old*(1 - old)
-        level = spread(before, v/n_before, [np.ones(len(canary), bool)])[..., None]
-        past = np.where(n_before > 0, level/(level + v/n_before), 0)
-        y = since - past*(before - (errors_before.sum(-1)/np.maximum(n_before.sum(-1), 1))[..., None])
-        left = level*(1 - past)
-        change = spread(y, v/n + left, [canary, control])[..., None]
+        level = np.maximum(spread(before, v/n_before, [np.ones(len(canary), bool)])[..., None], least[0])
+        y, left = _less_past(n_before, errors_before, before, since, v, level)
+        change = np.maximum(spread(y, v/n + left, [canary, control])[..., None], least[1])
         w_control = control/(v/n + left + change)
         found = []
         for rate in ((old + own)/2, np.minimum(np.maximum(own, old + margin), 1 - old*0.5)):
@@ -163,6 +172,15 @@ def compare(n_before: np.ndarray,        # (..., d) labelled outcomes of each de
 # %% ../../nbs/fleet/sequential.ipynb #41ff2c73
 KIND_MARGIN = 3   # margins by which one kind of hardware may be worse before it holds up the rest
 
+def _within_kinds(n_before, errors_before, n, errors, arm, kinds):   # kinds: name -> bool (d,)
+    "How much devices of one kind differ, and change by themselves, learnt from all kinds: one canary and one control of a rare kind say nothing of it."
+    before, since, y, left, v = *(np.zeros(n.shape) for _ in range(4)), np.ones(n.shape)     # 1: who is in neither arm has no weight, and no 0/0
+    with np.errstate(divide='ignore', invalid='ignore'):
+        for of in kinds.values(): before[..., of], since[..., of], _, v[..., of] = _rates(*(x[..., of] for x in (n_before, errors_before, n, errors)), arm[of] == CANARY, arm[of] == CONTROL)
+        level = spread(before, v/n_before, list(kinds.values()))[..., None]
+        for of in kinds.values(): y[..., of], left[..., of] = _less_past(n_before[..., of], errors_before[..., of], before[..., of], since[..., of], v[..., of], level)
+        return level, spread(y, v/n + left, [of & (arm == a) for of in kinds.values() for a in (CANARY, CONTROL)])[..., None]
+
 def compare_kinds(n_before, errors_before, n, errors, arm, kind: np.ndarray,   # (d,) of each device
                   margin: float = 0.01
                  ) -> tuple:   # (Comparison of all, {kind: Comparison at three margins}, e-value against "no worse", e-value against "worse by the margin, or one kind by three")
@@ -172,10 +190,12 @@ def compare_kinds(n_before, errors_before, n, errors, arm, kind: np.ndarray,   #
     told = (np.asarray(n) > 0).reshape(-1, len(arm)).any(0)
     names = [str(k) for k in np.unique(kind[(arm == CANARY) & told])]
     if len(np.unique(kind[(arm != NEITHER) & told])) > 1:
+        counts = [np.asarray(v, float) for v in (n_before, errors_before, n, errors)]
+        kinds = {str(k): (kind == k) & (arm != NEITHER) for k in np.unique(kind[(arm != NEITHER)])}
+        least = _within_kinds(*counts, arm, kinds)
         for k in names:
-            of = (kind == k) & (arm != NEITHER)
-            if not (told & of & (arm == CONTROL)).any(): continue
-            parts[k] = compare(*(np.asarray(v)[..., of] for v in (n_before, errors_before, n, errors)), arm[of], min(0.5, KIND_MARGIN*margin))
+            of = kinds[k]
+            if (told & of & (arm == CONTROL)).any(): parts[k] = compare(*(v[..., of] for v in counts), arm[of], min(0.5, KIND_MARGIN*margin), least)
     if not parts: return whole, parts, whole.worse, whole.within
     return whole, parts, (whole.worse + sum(p.worse for p in parts.values())/len(parts))/2, np.minimum(whole.within, np.min([p.within for p in parts.values()], 0))
 

@@ -90,7 +90,7 @@ def begin(world: World, seed: int, p: Policy) -> tuple:   # (Devices, Reports, C
     window = next(((minute_of(w['from'])/60, (minute_of(w['to']) - minute_of(w['from']))/60 % 24 or 24.0) for w in p.windows), None)
     inventory = [{'id': i, 'site': s, 'hardware': h} for i, s, h in zip(fleet.ids, np.array(fleet.sites)[fleet.site].tolist(), np.array(fleet.classes)[fleet.hardware].tolist())]
     c = start(inventory, 'model', digest_of('new'), digest_of('old'), p.stages, windows=p.windows, seed=f'{seed:016x}')
-    return Devices(fleet, window), Reports(fleet), c, inventory
+    return Devices(fleet, window), Reports(fleet, p.label_delay_hours), c, inventory
 
 # %% ../../nbs/fleet/simulate.ipynb #2d3d7d86
 def rehearse(world: World = World(), seed: int = 0, judge: Callable = decide,
@@ -104,6 +104,7 @@ def rehearse(world: World = World(), seed: int = 0, judge: Callable = decide,
     "Simulate one campaign."
     p = policy or default_policy(world.devices)
     d, r, c, inventory = begin(world, seed, p)
+    if getattr(judge, 'func', judge) is not decide: r.label_delay_h = 0.0     # people who peek do not wait for late labels
     asked, looks, grids, log, paused = cohort(inventory, c.to_dict()), [], [], [{'hour': 0.0, 'action': 'start', 'stage': c.stages[0], 'reason': c.reason}], math.inf
     def note(guards=()):
         if not pictures: return
