@@ -127,7 +127,7 @@ def test_a_label_that_comes_after_a_restart_is_taken(tmp_path):
     seen = []
     with service.Agent(tmp_path/'agent', lambda *told: seen.append(told), load=Word, prove=prove_word) as agent:
         agent.outcome(False, digest)
-        with pytest.raises(EdgenbError, match='decided here'): agent.outcome(True, 'ef'*32)
+        with pytest.raises(EdgenbError, match='decided nothing here'): agent.outcome(True, 'ef'*32)
     assert [s for s in seen if 'outcome' in s[0]] == [('edgenb.outcome.error.count', 1, digest), ('edgenb.outcome.count', 1, digest)]
 
 # ---------------------------------------------------------------- the stick
