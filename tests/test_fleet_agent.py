@@ -511,7 +511,7 @@ def test_telemetry_that_cannot_be_kept_does_not_keep_the_agent_from_starting(her
     monkeypatch.setattr(service, 'Server', lambda load, observe: Server(Word, observe))
     service.run(root, 0)
     said = capsys.readouterr()
-    assert f'serves {v["v1"][:12]}' in said.out and 'no telemetry: the outbox cannot be used' in said.err
+    assert f'serves {v["v1"][:12]}' in said.out and 'it decides, and reports nothing until its next start: the outbox cannot be used' in said.err
 
 
 def test_a_stick_that_comes_during_a_trial_is_read_when_it_is_over_and_no_request_stops_the_agent(here):
@@ -540,7 +540,7 @@ def test_a_label_may_come_after_the_agent_was_started_again(here):
     with Agent(running(here, plant), observe=lambda *a: seen.append(a), load=Word, prove=prove_word, clock=clock) as agent:
         agent.outcome(False, v['v1'])
         with pytest.raises(EdgenbError, match='decided nothing here'): agent.outcome(True, v['v2'])
-    assert seen == [('edgenb.outcome.count', 1, v['v1']), ('edgenb.outcome.error.count', 1, v['v1'])]
+    assert seen == [('edgenb.outcome.error.count', 1, v['v1']), ('edgenb.outcome.count', 1, v['v1'])]     # the part before its whole
 
 
 def test_a_long_request_keeps_its_model_where_there_is_no_memory_for_two(here, monkeypatch):
