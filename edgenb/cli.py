@@ -798,7 +798,8 @@ def command_fleet_alerts(args: argparse.Namespace):
     "which devices need somebody, why, and what to do; exit code 1 if any does"
     import json
     from dataclasses import asdict
-    from edgenb.fleet.alerts import alert_lines, look, now_minute
+    from edgenb.fleet.alerts import alert_lines, look
+    from edgenb.fleet.windows import now_minute
     found = look(args.db, models=tuple(args.expect))
     if args.json: print(json.dumps([asdict(a) for a in found], ensure_ascii=False))
     else: print('\n'.join(f'{line}; {a.todo}' for line, a in zip(alert_lines(found, now_minute()), found)) or 'nothing is open')

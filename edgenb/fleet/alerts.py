@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from ..core import within
-from .collector import now_minute, newest, percentile, store, totals
+from .collector import newest, percentile, store, totals
+from .windows import now_minute
 from .schema import CONFIDENCE, EDGES_MS, UPDATE_STATES
 
 # %% ../../nbs/fleet/alerts.ipynb #3f5808bd
