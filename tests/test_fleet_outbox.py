@@ -71,7 +71,7 @@ def test_rows_survive_kills_of_device_sender_and_collector_each_stored_once(tmp_
         kill(collector); collector = start(COLLECTOR, db, port)
         kill(sender)
     box = Outbox(tmp_path/'outbox.db', told['id'], tmp_path/'device0.key', told['collector'], most=5000)
-    for _ in range(100):
+    for _ in range(600):
         if not send(box, f'http://127.0.0.1:{port}/v1/rows').waiting: break
         time.sleep(0.1)
     kill(collector)
@@ -132,7 +132,7 @@ def test_an_agent_that_runs_reports_what_it_decides_and_its_update(tmp_path):
     running = start(AGENT, tmp_path/'agent', Path(__file__).parent)
     address = running.stdout.readline().split(', ')[1]
     running.send_signal(signal.SIGHUP)       # look now
-    for _ in range(100):     # until the first model serves
+    for _ in range(600):     # until the first model serves
         try:
             request = urllib.request.Request(f'{address}/v1/predict', b'x', {'Content-Type': 'image/png'})
             urllib.request.urlopen(request, timeout=5).read(); break
@@ -170,7 +170,7 @@ def test_an_agent_that_is_killed_says_so_at_its_next_start_and_one_that_is_stopp
         running = start(AGENT, tmp_path/'agent', Path(__file__).parent)
         assert 'http' in running.stdout.readline()
         if not serves(): running.send_signal(signal.SIGHUP)
-        for _ in range(100):
+        for _ in range(600):
             if serves(): break
             time.sleep(0.1)
         assert serves()
