@@ -698,6 +698,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'edgenb.fleet.controller.standings': ( 'fleet/controller.html#standings',
                                                                                 'edgenb/fleet/controller.py'),
                                          'edgenb.fleet.controller.step': ('fleet/controller.html#step', 'edgenb/fleet/controller.py'),
+                                         'edgenb.fleet.controller.unsigned': ( 'fleet/controller.html#unsigned',
+                                                                               'edgenb/fleet/controller.py'),
                                          'edgenb.fleet.controller.watch': ('fleet/controller.html#watch', 'edgenb/fleet/controller.py')},
             'edgenb.fleet.delta': { 'edgenb.fleet.delta.Chunk': ('fleet/delta.html#chunk', 'edgenb/fleet/delta.py'),
                                     'edgenb.fleet.delta.Damaged': ('fleet/delta.html#damaged', 'edgenb/fleet/delta.py'),

@@ -605,7 +605,7 @@ def command_agent_rollback(args: argparse.Namespace):
     print(roll_back(place(args.root)))
 
 # %% ../nbs/17_cli.ipynb #f1ee7c02
-@command(argument('bundle', help='folder of a bundle that is released in the repository'),
+@command(argument('bundle', help='a release of the repository: NAME:VERSION, or the folder of its bundle'),
          argument('--repository', required=True, metavar='REPO', help='the update repository'),
          argument('--keys', metavar='KEYS', help='folder with the online key'),
          argument('--inventory', required=True, metavar='FILE', help='the devices: CSV or JSON with id, site and hardware, or the database of the collector'),
@@ -619,7 +619,7 @@ def command_agent_rollback(args: argparse.Namespace):
          argument('--label-delay-hours', type=float, metavar='H', help='nearly all labels are there within that time; outcomes count from so long after a stage began and a canary has updated (default 24)'),
          argument('--deadline-hours', type=float, metavar='H', help='a stage must have decided within'),
          argument('--at-deadline', choices=('pause', 'promote'), help='then: a person decides (default), or it goes on if no guard rings'),
-         argument('--replaces', metavar='DIGEST', help="the bundle that devices run now, or 'nothing' (default: what the last campaign left)"),
+         argument('--replaces', metavar='RELEASE', help="what devices run now: NAME:VERSION, a digest, or 'nothing' (default: what the last campaign left)"),
          argument('--agent', default='0.1.0', help='the oldest agent that may take part (default 0.1.0)'),
          argument('--id', default='', help='name of the campaign'),
          argument('--log', default='', metavar='FOLDER', help='where campaigns are written down (default: REPO.campaigns)'),
@@ -631,10 +631,10 @@ def command_ship(args: argparse.Namespace):
     from edgenb.fleet.controller import begin, folder_of, plan_ship, plan_text, policy_for, publisher, read_inventory, standing_text
     devices = read_inventory(args.inventory)
     policy = policy_for(len(devices), args.canary, args.stages, args.guard, args.alpha, args.margin, args.at_deadline, args.deadline_hours, args.soak_hours, args.label_delay_hours, args.window)
+    if not args.keys and not args.dry_run: raise EdgenbError('ship needs --keys, the folder with the online key (or --dry-run)')
     campaign = plan_ship(args.bundle, args.repository, devices, policy, args.replaces, args.id, agent=args.agent)
     print(plan_text(campaign, policy, devices))
     if args.dry_run: return print('dry run: nothing was signed')
-    if not args.keys: raise EdgenbError('ship needs --keys, the folder with the online key (or --dry-run)')
     from edgenb.fleet.keys import ask_passphrase
     s = begin(folder_of(args.repository, args.log), campaign, policy, devices, publisher(args.repository, args.keys, ask_passphrase(args.passphrase_file)))
     print(f'\n{standing_text(s)}\nlog: {s.folder}\ngo on with: edgenb campaign watch --repository {args.repository} --keys {args.keys} --telemetry DB')
@@ -654,15 +654,20 @@ def command_campaign(args: argparse.Namespace):
     "how a rollout stands; decide its next step; pause, resume, promote, abort or roll it back; audit it"
     import json
     from edgenb.core import EdgenbError
-    from edgenb.fleet.controller import act, folder_of, read_inventory, replay, standing, standing_text, standings, watch
+    from edgenb.fleet.campaign import parse
+    from edgenb.fleet.controller import act, folder_of, read_inventory, replay, standing, standing_text, standings, unsigned, watch
+    from edgenb.fleet.repository import Repository
     folder = folder_of(args.repository, args.log)
     if args.action == 'list':
         found = [s.campaign.to_dict() for s in standings(folder)]
         if args.json: return print(json.dumps(found))
-        for c in found: print(f"{c['id']:<32} {c['state']:<12} {c['stages'][c['stage']]:>4g} %  {c['name']}  {c['release'][:12]}  {c['reason'][:80]}")
+        signed = Repository(args.repository).campaigns()
+        for c in found: print(f"{c['id']:<32} {c['state']:<12} {c['stages'][c['stage']]:>4g} %  {c['name']}  {c['release'][:12]}  {unsigned(signed, parse(c)) or c['reason'][:80]}")
         return print('no campaigns') if not found else None
-    s = standing(folder, args.id, ended=args.action in ('step', 'watch'))
-    if args.action == 'show': return print(json.dumps({'campaign': s.campaign.to_dict(), 'policy': s.policy.to_dict(), 'began': s.began, 'since': s.since, 'last': s.last}) if args.json else standing_text(s))
+    def late(s): return unsigned(Repository(args.repository).campaigns(), s.campaign)
+    s = standing(folder, args.id, ended=args.action in ('step', 'watch', 'show', 'replay') or any(s.log[-1]['event'] == args.action and late(s) for s in standings(folder)[-1:]))   # the same command again, after one that could not be signed
+    if args.action == 'show':
+        return print(json.dumps({'campaign': s.campaign.to_dict(), 'policy': s.policy.to_dict(), 'began': s.began, 'since': s.since, 'last': s.last, 'signed': not late(s)}) if args.json else '\n'.join(filter(None, (late(s), standing_text(s)))))
     if args.action == 'replay':
         wrong = replay(s.folder)
         print(json.dumps({'lines': len(s.log), 'wrong': wrong}) if args.json else '\n'.join([f'line {n}: {what}' for n, what in wrong] + [f'{s.campaign.id}: {len(s.log)} lines, ' + (f'{len(wrong)} do not follow' if wrong else 'every decision follows from its evidence')]))

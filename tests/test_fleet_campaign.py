@@ -539,9 +539,32 @@ def test_ship_signs_a_campaign_that_devices_read_and_people_steer(published, cap
     assert main(['campaign', 'rollback', *repo, *keys, '--reason', 'no good']) == 0 and signed()[0]['state'] == 'rolled-back'
     capsys.readouterr()
     assert main(['campaign', 'list', *repo, '--json']) == 0 and json.loads(capsys.readouterr().out)[0]['state'] == 'rolled-back'
-    assert main(['campaign', 'replay', c['id'], *repo]) == 0 and main(['campaign', 'show', c['id'], *repo, '--json']) == 0 and main(['campaign', 'show', *repo]) == 2
+    assert main(['campaign', 'replay', c['id'], *repo]) == 0 and main(['campaign', 'show', c['id'], *repo, '--json']) == 0 and main(['campaign', 'show', *repo]) == main(['campaign', 'replay', *repo]) == 0   # it is over: the last one is meant
     assert main([*base[:-2], *keys, '--dry-run']) == 0                                                       # again: it replaces what it was rolled back to
     assert not list((root/'fleet').rglob('log.jsonl'))                                                      # a repository is public, a log is not
+
+
+def test_what_cannot_be_signed_for_want_of_the_passphrase_is_not_written_down(published, capsys, monkeypatch):
+    "It was, and went out with whatever was signed next."
+    root, (old, new), signed = published
+    repo, keys = ['--repository', str(root/'fleet')], ['--keys', str(root/'keys')]
+    ship = ['ship', 'scratches:2', *repo, *keys, '--inventory', str(root/'devices.csv'), '--replaces', 'scratches:1']
+    monkeypatch.setenv('EDGENB_PASSPHRASE', 'wrong')
+    assert main(ship) == 2 and 'does not open' in capsys.readouterr().err and not list((root/'fleet.campaigns').glob('*/log.jsonl'))
+    monkeypatch.setenv('EDGENB_PASSPHRASE', 'correct horse battery staple')
+    assert main(ship) == 0 and (signed()[0]['release'], signed()[0]['replaces']) == (new, old)
+    monkeypatch.setenv('EDGENB_PASSPHRASE', 'wrong')
+    for action in ('pause', 'promote', 'abort', 'rollback'): assert main(['campaign', action, *repo, *keys, '--reason', 'x']) == 2
+    assert main(['campaign', 'watch', *repo, *keys, '--telemetry', str(collected(root, fleet(2)))]) == 2            # and not for ever
+    s = standing(root/'fleet.campaigns')
+    assert [r['event'] for r in s.log] == ['ship'] and signed()[0]['state'] == 'running'
+    act(s.folder, 'rollback', 'no good', lambda c: False)                                                          # written down, and the machine went off
+    capsys.readouterr()
+    assert main(['campaign', 'show', *repo]) == main(['campaign', 'list', *repo]) == 0 and capsys.readouterr().out.count('NOT SIGNED: devices read running') == 2
+    monkeypatch.setenv('EDGENB_PASSPHRASE', 'correct horse battery staple')
+    assert main(['campaign', 'rollback', *repo, *keys, '--reason', 'no good']) == 0 and signed()[0]['state'] == 'rolled-back'
+    assert main(['campaign', 'show', *repo]) == 0 and 'NOT SIGNED' not in capsys.readouterr().out
+    for odd in (['ship', 'scratches:7', *ship[2:]], [*ship[:-1], 'scratches:9'], [*ship[:-1], 'f'*12]): assert main(odd) == 2 and 'scratches' in capsys.readouterr().err or 'f'*12 in odd
 
 
 def test_ship_refuses_what_is_not_released(published, capsys):

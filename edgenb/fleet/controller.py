@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'KEEP', 'ORDER', 'read_inventory', 'keep', 'kept', 'read_log', 'append', 'alone', 'Standing', 'standings',
-           'standing', 'begin', 'step', 'go_on', 'act', 'replay', 'folder_of', 'publisher', 'replaced', 'plan_text',
-           'standing_text', 'per_cent', 'policy_for', 'plan_ship', 'watch']
+           'standing', 'begin', 'step', 'go_on', 'act', 'replay', 'folder_of', 'publisher', 'unsigned', 'replaced',
+           'plan_text', 'standing_text', 'per_cent', 'policy_for', 'plan_ship', 'watch']
 
 # %% ../../nbs/fleet/controller.ipynb #71ab0435
 import csv, datetime, getpass, hashlib, io, json, os, time
@@ -133,7 +133,7 @@ def standing(folder: str | Path, id: str = '',
     going = [s for s in found if not s.campaign.over]
     if len(going) == 1: return going[0]
     if not going and ended: return found[-1]
-    if not going: raise EdgenbError(f'no campaign is under way; the last was {found[-1].campaign.id} ({found[-1].campaign.state}): name it to see it')
+    if not going: raise EdgenbError(f'no campaign is under way; the last was {found[-1].campaign.id} ({found[-1].campaign.state}): name it if it is the one that is meant')
     raise EdgenbError(f"several campaigns are under way, name one: {', '.join(s.campaign.id for s in going)}")
 
 # %% ../../nbs/fleet/controller.ipynb #083e7754
@@ -234,8 +234,9 @@ def publisher(repository: str | Path, keys: str | Path, passphrase=None):   # ->
     "A function that signs a campaign into a repository's document, if it is not there already; it says whether it has."
     from edgenb.fleet.keys import unlock
     from edgenb.fleet.repository import Repository, key_name, set_campaigns
-    repo, signers = Repository(repository), []
+    repo = Repository(repository)
     ids = {k for role in ('campaign', 'snapshot', 'timestamp') for k, key in repo.keys_of(role).items() if not key_name(key).startswith('usb-')}   # that one may too, but lies elsewhere
+    signers = unlock(keys, ids, passphrase)      # now: what could not be signed is not to be written down, and signed later by surprise
     def publish(c: Campaign) -> bool:
         repo.reload()
         document = repo.campaigns()
@@ -246,13 +247,20 @@ def publisher(repository: str | Path, keys: str | Path, passphrase=None):   # ->
             raise EdgenbError(f"{c.id}: campaign {other['id']} of {c.name} is {other['state']}, and devices follow one at a time: end that one first, or abort this one")
         if mine and (mine['stage'] > c.stage or ORDER[mine['state']] > ORDER[c.state] or ORDER[c.state] == 1 and mine['state'] in ('aborted', 'complete') and mine['state'] != c.state):
             raise EdgenbError(f"{c.id}: signed is {mine['state']} at stage {mine['stage'] + 1}, this log says {c.state} at stage {c.stage + 1}: it is an older copy, or another controller works with another log; nothing was signed")
-        if not signers: signers.extend(unlock(keys, ids, passphrase))
         now = [c.to_dict() if o['id'] == c.id else o for o in there] if mine else [*there, c.to_dict()]
         last = {o['name']: o['id'] for o in now}      # what new devices and those that were away go by
         now = [o for n, o in enumerate(now) if n >= len(now) - KEEP or last[o['name']] == o['id']]
         set_campaigns(repo, {'serial': document['serial'] + 1, 'campaigns': now}, signers)
         return True
     return publish
+
+def unsigned(document: dict,   # the repository's campaigns
+             c: Campaign       # as its log tells it
+            ) -> str:          # '' if that is what devices read
+    "What devices read instead of what the log says, which could not be signed yet."
+    there = next((o for o in document['campaigns'] if o['id'] == c.id), None)
+    if there == c.to_dict() or there is None and c.over: return ''
+    return f"NOT SIGNED: devices read {there['state'] if there else 'nothing of it'}; edgenb campaign step {c.id} signs what stands here"
 
 def replaced(document: dict, name: str, release: str) -> str | None:
     "What a new release of a model replaces, by the campaigns so far: the last release that went to everybody, or what it was rolled back to."
@@ -325,22 +333,29 @@ def policy_for(devices: int,
     changed = [k for k in asked if asked[k] != getattr(p, k)]
     return replace(p, **asked, why={k: v for k, v in p.why.items() if k not in changed} | {k: 'asked for' for k in changed}).checked()
 
-def plan_ship(bundle: str | Path, repository: str | Path, devices: list, p: Policy, replaces: str | None = None, id: str = '', seed: str = '', agent: str = '0.1.0') -> Campaign:
+def plan_ship(bundle: str | Path,   # its folder, or NAME:VERSION of a release
+              repository: str | Path, devices: list, p: Policy, replaces: str | None = None, id: str = '', seed: str = '', agent: str = '0.1.0') -> Campaign:
     "The campaign that would ship a bundle; refuses what is not released, and a second campaign beside one that is under way."
     from edgenb.fleet.repository import Repository
     from edgenb.ship import check_bundle
-    manifest, repo = check_bundle(bundle), Repository(repository)
-    release, name = manifest['digest'], manifest['name']
-    if release not in repo.releases(staged=False): raise EdgenbError(f'{bundle} ({release[:12]}) is not released in {repository}: publish it first')
+    repo = Repository(repository)
+    known = repo.releases(staged=False)
+    versions = {f"{r['name']}:{r['version']}": d for d, r in known.items()}
+    if ':' in str(bundle) and not Path(bundle).exists():
+        if (release := versions.get(str(bundle))) is None: raise EdgenbError(f'{bundle} is not released in {repository}.{did_you_mean(str(bundle), versions)}')
+        name = known[release]['name']
+    else: release, name = (manifest := check_bundle(bundle))['digest'], manifest['name']
+    if release not in known: raise EdgenbError(f'{bundle} ({release[:12]}) is not released in {repository}: publish it first')
     document = repo.campaigns()
     old = replaced(document, name, release)
-    others = [d for d, r in repo.releases(staged=False).items() if r['name'] == name and d != release]
-    if old is None and others and not replaces: raise EdgenbError(f"nothing was shipped of {name} from here yet, but {', '.join(d[:12] for d in others)} is released too: say with --replaces which of them the devices run, or --replaces nothing")
+    others = [v for v, d in versions.items() if known[d]['name'] == name and d != release]
+    if old is None and others and not replaces: raise EdgenbError(f"nothing was shipped of {name} from here yet, but {', '.join(others)} is released too: say with --replaces which of them the devices run, or --replaces nothing")
     if replaces == 'nothing': old = None
     elif replaces:
-        found = [d for d in repo.releases(staged=False) if d.startswith(replaces)]
-        if len(found) != 1: raise EdgenbError(f'--replaces {replaces}: {"no release begins" if not found else f"{len(found)} releases begin"} with that digest')
+        found = [versions[replaces]] if replaces in versions else [d for d in known if d.startswith(replaces)]
+        if len(found) != 1: raise EdgenbError(f'--replaces {replaces}: {"no release has that NAME:VERSION, or begins" if not found else f"{len(found)} releases begin"} with that digest')
         old = found[0]
+        if known[old]['name'] != name: raise EdgenbError(f"--replaces {replaces} is {known[old]['name']}:{known[old]['version']}, not a release of {name}: devices would refuse it")
     c = start(devices, name, release, old, p.stages, windows=p.windows, agent=agent, id=id, seed=seed)
     taken = {o['id'] for o in document['campaigns']}
     return c if id or c.id not in taken else replace(c, id=next(f'{c.id}-{n}' for n in range(2, 1000) if f'{c.id}-{n}' not in taken))
