@@ -323,7 +323,9 @@ def command_keys_sign(args: argparse.Namespace):
     from edgenb.fleet.repository import describe_staged, key_name, sign_staged
     from edgenb.fleet.stick import describe_export, sign_export
     from edgenb.ship import check_bundle
-    path, signers = Path(args.path), _signers(args)
+    path = Path(args.path)
+    if not path.exists(): raise EdgenbError(f'there is no {path}: name the staged.json of a repository, a bundle, or a USB stick that waits for a signature')
+    signers = _signers(args)
     if not signers: raise EdgenbError('no private key is at hand: name a folder with --keys')
     if (path/'manifest.json').is_file():
         if not (signers := [s for s in signers if key_name(s.public_key).startswith('models-')]): raise EdgenbError('a bundle is signed by a models key, and none is at hand: name a folder that holds one with --keys')
@@ -835,13 +837,15 @@ def command_feedback_consent(args: argparse.Namespace):
 def command_feedback_withdraw(args: argparse.Namespace):
     "take consent back; what has not left is deleted"
     from edgenb.fleet.feedback import withdraw
-    print(f'withdrawn; {withdraw(args.folder, args.who)} cases deleted')
+    n = withdraw(args.folder, args.who)
+    print(f"withdrawn; {n} case{'' if n == 1 else 's'} deleted")
 
 @command(argument('folder', help='of feedback on the device'), argument('stick', help='where to'), group='feedback')
 def command_feedback_export(args: argparse.Namespace):
     "move what waits to a stick"
     from edgenb.fleet.feedback import export
-    print(f'{export(args.folder, args.stick)} cases')
+    n = export(args.folder, args.stick)
+    print(f"{n} case{'' if n == 1 else 's'}")
 
 @command(argument('stick', help='where from'), argument('folder', help='where to'), argument('--key', required=True, metavar='FILE', help='NAME.key of keygen'),
          argument('--devices', required=True, metavar='FILE', help='public keys, as edgenb collect devices prints them'), PASSPHRASE_FILE, group='feedback')

@@ -49,6 +49,7 @@ def still(figure        # a plotly figure of heatmap, bar and scatter traces
     if any('text' in (t.mode or '') for t in figure.data if t.type == 'scatter'): axes.margins(x=0.2, y=0.15)
     axes.set_title(_text(figure.layout.title.text), fontsize=11)
     axes.set_xlabel(_text(figure.layout.xaxis.title.text)); axes.set_ylabel(_text(figure.layout.yaxis.title.text))
+    if figure.layout.yaxis.range and figure.layout.yaxis.type != 'log': axes.set_ylim(*figure.layout.yaxis.range)
     if figure.layout.xaxis.dtick:
         from matplotlib.ticker import MultipleLocator
         axes.xaxis.set_major_locator(MultipleLocator(figure.layout.xaxis.dtick))
@@ -203,6 +204,8 @@ class Panel:
     _box: object = None
     _handle: object = None    # of what was said, on the page
     _class: str = ''          # of the page behind the widget
+
+    def __repr__(self): return f'Panel({self.title!r})'      # what a notebook prints where the page could not be made
 
     def refresh(self):
         "What was said on the page, as it is now: also in the notebook's file."

@@ -21,20 +21,20 @@ def decode(image,             # path, bytes, PIL image, or uint8 array (height, 
           ) -> np.ndarray:    # uint8, (height, width) for 'L', (height, width, 3) for 'RGB'
     "8-bit pixels of an image. 16-bit images are scaled (65535 -> 255); transparency is laid over black."
     if isinstance(image, np.ndarray): image = Image.fromarray(image)
-    name = image if isinstance(image, (str, Path)) else 'image'
+    name, mend = (image, 'remove or replace it') if isinstance(image, (str, Path)) else ('what was sent', 'send a whole PNG, JPEG or BMP file')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             opened = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
             opened.load()
     except UnidentifiedImageError:
-        raise EdgenbError(f'{name} is not an image that can be read (empty, or of an unknown format): remove or replace it') from None
+        raise EdgenbError(f'{name} is not an image that can be read (empty, or of an unknown format): {mend}') from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise EdgenbError(f'{name} has more pixels than is safe to decode: crop it first') from None
     except FileNotFoundError: raise EdgenbError(f'{name} does not exist') from None
     except IsADirectoryError: raise EdgenbError(f'{name} is a folder: pass the files in it') from None
     except (OSError, SyntaxError, ValueError) as e:
-        raise EdgenbError(f'{name} is damaged or cut short ({e}): remove or replace it') from None
+        raise EdgenbError(f'{name} is damaged or cut short ({e}): {mend}') from None
     if opened.mode.startswith('I'):
         wide = np.asarray(opened).astype(np.int64)
         if wide.min(initial=0) < 0 or wide.max(initial=0) > 65535: raise EdgenbError(f'{name} has pixel values outside 0..65535: save it with 8 or 16 bits')

@@ -14,7 +14,7 @@ from edgenb.fleet.cohorts import takes_part
 from edgenb.fleet.windows import until_open, window_open
 from edgenb.agent.machine import Machine, Nobody, Proof, STATES, prove, table
 from edgenb.agent.serve import BODY_MAX, QUEUE, Busy, Server, http_server, inputs_of
-from edgenb.agent.service import Agent, enrol, status
+from edgenb.agent.service import Agent, enrol, status, status_text
 from edgenb.agent.storage import Device, Disk, Held, Journal, Store
 from edgenb.agent.trust import Deadline, FolderSource, Unreachable
 from edgenb.cli import main
@@ -222,7 +222,7 @@ def test_the_http_api_answers_programs_of_this_device_and_refuses_the_rest(here)
     for bad in (b'', b'{', b'[]', b'{"inputs": []}', b'{"inputs": ["/etc/passwd"]}', b'{"inputs": [{"values": [[1],[1,2]]}]}', b'{"inputs": [{"base64": "!"}]}', json.dumps({'inputs': [{'text': 'x'}]*65}).encode()):
         assert get('/v1/predict', bad, Content_Type='application/json')[0] == 400
     assert get('/v1/predict', b'x', Origin='https://evil.example')[0] == 403 and get('/healthz', Host='evil.example')[0] == 403
-    assert get('/nothing')[0] == 404 and get('/v1/predict')[0] == 404 and get('/v1/outcome')[0] == 404
+    assert get('/nothing')[0] == 404 and all(get(p)[0] == 405 and 'POST' in get(p)[1]['error'] for p in ('/v1/predict', '/v1/outcome'))
     for model, correct in (('A', True), ('A', False)): assert get('/v1/outcome', json.dumps({'model': model, 'correct': correct}).encode()) == (200, {'ok': True})
     for bad in (b'', b'{', b'[]', b'{"correct": true}', b'{"model": "A", "correct": 1}', b'{"model": "A", "correct": true, "why": "a note"}', b'{"model": "B", "correct": true}', b'{"model": "", "correct": true}'):
         assert get('/v1/outcome', bad)[0] == 400
@@ -288,6 +288,16 @@ def test_a_model_that_takes_the_process_down_on_trial_is_given_up_without_a_word
         m = machine_of(here/'device', plant, clock); m.step()
         if m.state == 'ROLL_BACK': m.step(); break
     assert n == 3 and use(m) == 'v1' and m.journal.tries[v['v2']]['count'] == 1 and 'ended 3 times' in m.journal.tries[v['v2']]['reason']
+
+
+def test_the_status_tells_of_a_healthy_trial_no_failure_and_of_a_roll_back_by_hand_that_it_was_one(here):
+    plant, clock, v, m = ready(here, 'v2')
+    plant.campaign(v['v2'], v['v1'], id='c2')
+    live(m, clock, 10**6, lambda m: m.state == 'TRIAL' and m.trial_began is not None)
+    assert m.journal.tries[v['v2']]['count'] == 1 and m.status()['failed_here'] == {}      # counted before it is made
+    m.roll_back_by_hand()
+    words = status_text(m.status() | {'site': 's', 'hardware': 'h', 'repository': 'r', 'running': True})
+    assert f"other slot: toy 2 ({v['v2'][:12]}…), rolled back by hand\n" in words and f"not taken: {v['v2'][:12]}…" in words
 
 
 def test_a_model_in_use_that_begins_to_fail_gives_way_to_the_one_before(here):

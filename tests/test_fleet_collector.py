@@ -49,6 +49,18 @@ def test_a_crash_while_a_collector_was_made_does_not_spoil_it(tmp_path):
     db, told, box = device_of(tmp_path); box.close(NOW)
     assert acknowledge(box, take(db, batch(box)[0], NOW))['gone'] == 1
 
+@pytest.mark.parametrize('command', [['collect', 'serve'], ['collect', 'accept', 'ab'*32], ['collect', 'mqtt', '--broker', 'mqtt://127.0.0.1'], ['collect', 'key'], ['collect', 'devices']])
+def test_only_enrol_makes_a_collector(tmp_path, capsys, command):
+    assert main([*command, '--db', str(tmp_path/'flet.db')]) == 2 and not list(tmp_path.iterdir())
+    assert 'enrol a device first' in capsys.readouterr().err
+
+def test_a_model_is_called_by_the_name_it_was_accepted_under(tmp_path):
+    from edgenb.fleet.alerts import status
+    db, told, box = device_of(tmp_path)
+    for name in ('', 'wafer', ''): accept(db, 'ab'*32, name)      # a campaign's controller may know no name
+    box.set_model('ab'*32); box.close(NOW)
+    assert acknowledge(box, take(db, batch(box)[0], NOW))['gone'] == 1 and 'wafer abababab (1)' in status(db, NOW)
+
 def test_cases_of_a_stolen_device_are_not_believed(tmp_path, capsys):
     db, told, _ = device_of(tmp_path); other = enrol(db, 'ab'*32, 'plant-1', 'orin')['id']
     retire(db, told['id'])

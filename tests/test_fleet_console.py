@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 from edgenb.core import EdgenbError
-from edgenb.fleet.console import SIGNS, Board, board_of, board_of_log, console, map_html
+from edgenb.fleet.console import SIGNS, Board, board_of, board_of_log, console, exposure_figure, in_words, map_html
 from edgenb.fleet.simulate import installs, rehearse
 from edgenb.fleet.world import STATES, World
 
@@ -157,6 +157,38 @@ def test_the_console_of_a_real_campaign_shows_its_log(real):
     for s, site in enumerate(b.sites):     # the same devices on the new model, site by site, as far as they have reported
         assert b.grid[-2, s, :, STATES.index('new')].sum() <= mine.grid[look, mine.sites.index(site), :, STATES.index('new')].sum()
     assert b.figures['labels'][-1][1] >= b.figures['labels'][-1][2] and 'Simulated' not in console(folder).html()
+
+
+def by_hand(tmp_path, *actions, stages=(50, 100)):
+    "A campaign of one look, in which nobody has the release yet, and what a person did after that. Its folder"
+    from edgenb.fleet.campaign import policy, start
+    from edgenb.fleet.cohorts import cohort
+    from edgenb.fleet.controller import act, begin, step
+    from edgenb.fleet.sequential import NEITHER, Evidence
+    devices = [{'id': f'd{i}', 'site': f'plant-{1 + i}', 'hardware': 'orin'} for i in range(10)]
+    c, zero = start(devices, 'wafer', 'a'*64, 'b'*64, stages), np.zeros(10, int)
+    folder = begin(tmp_path, c, policy(10), devices, lambda c: True, now=0).folder
+    step(folder, lambda *_: Evidence(0, 1, np.array([f"{d['site']}/orin" for d in devices]), np.full(10, NEITHER), cohort(devices, c.to_dict()), zero, zero, zero, zero, zero), lambda c: True, now=1)
+    for n, action in enumerate(actions): act(folder, action, 'because', lambda c: False, now=60*(n + 2))
+    return folder
+
+
+def test_the_console_shows_where_a_campaign_is_after_its_last_event_and_of_which_look_its_devices_are(tmp_path):
+    b = board_of_log(by_hand(tmp_path, 'promote', 'promote'))
+    assert in_words(b, 0).startswith('Hour 3: complete, 100 % of the fleet asked; the look of hour 0 (1970-01-01 00:01 UTC): 0 of 10 devices')
+    assert b.sites == [f'plant-{n}' for n in range(1, 11)] and b.grid[0].sum((0, 1))[STATES.index('fetching')] > 0
+    assert exposure_figure(b, 0).layout.yaxis.range == (0, 5)
+
+
+def test_after_a_rollback_nobody_is_on_the_way_to_the_release(tmp_path):
+    b = board_of_log(by_hand(tmp_path, 'rollback'))
+    assert b.state == ['rolled-back'] and b.grid[0].sum((0, 1))[STATES.index('old')] == 10
+
+
+def test_the_folder_above_says_which_campaigns_are_in_it_and_a_notebook_prints_no_long_panel(tmp_path):
+    panel = console(by_hand(tmp_path).parent)
+    with pytest.raises(EdgenbError, match=r"holds the campaigns wafer-aaaaaaaa: name one, console\('.*/wafer-aaaaaaaa'\)"): panel.html()
+    assert repr(panel) == "Panel('campaign console')"
 
 
 def test_a_campaign_that_nobody_looked_at_yet_says_what_to_do(tmp_path):

@@ -373,3 +373,11 @@ def test_who_signs_a_stick_is_shown_what_it_will_make_devices_do(tmp_path, keys,
     document = next((tmp_path/'stick/targets/campaigns').glob('*.json'))
     document.write_text(document.read_text().replace('running', 'aborted'))
     with pytest.raises(EdgenbError, match='do not sign'): describe_export(tmp_path/'stick')
+
+
+def test_a_key_or_a_file_that_is_not_there_is_called_so(tmp_path, capsys):
+    from edgenb.cli import main
+    assert main(['keys', 'sign', str(tmp_path/'staged.json'), '--keys', str(tmp_path)]) == 2 and 'there is no' in capsys.readouterr().err
+    assert main(['keys', 'drill', '--lost', 'root-9']) == 2
+    said = capsys.readouterr().err
+    assert 'knows no key root-9' in said and '/' not in said

@@ -41,6 +41,7 @@ STATES = {
     'BACK_OFF':  State('serves, and waits before it tries again',                            6*3600, 'IDLE',  'IDLE',     'IDLE',      'IDLE'),
 }
 SETTLED_S = 60           # of serving after which a start no longer counts against the model
+BY_HAND = 'rolled back by hand'
 RECHECK_S = 900          # a decision older than that is made again before a switch
 STARTS = 5               # starts without settling after which a committed model is given up for the one before
 
@@ -442,7 +443,7 @@ class Machine:
         before = self.journal.held(other)
         if held is None or before is None or not before.good or not self._ready(other, before.digest): raise EdgenbError('there is no earlier model to go back to')
         if self.state not in ('IDLE', 'BACK_OFF', 'TRIAL'): raise EdgenbError(f'the agent is at {self.state}: try again when it rests')
-        tries = self.journal.tries | {held.digest: {'count': self.device.tries, 'campaign': held.campaign, 'reason': 'rolled back by hand', 'quarantined': True}}
+        tries = self.journal.tries | {held.digest: {'count': self.device.tries, 'campaign': held.campaign, 'reason': BY_HAND, 'quarantined': True}}
         self.server.serve(self.store.slot(other), before.digest)   # first: if it cannot be loaded, nothing has changed
         self.save(active=other, trial=False, back='', starts=0, tries=tries, plan=None)
         self.trial_began = None
@@ -459,7 +460,16 @@ class Machine:
         held = j.serving()
         return {'edgenb_agent': _agent_version(), 'device': self.device.id, 'state': self.state, 'does': STATES[self.state].does, 'why': self.why,
                 'since': datetime.datetime.fromtimestamp(self.since, datetime.timezone.utc).isoformat(timespec='seconds'), 'serving': asdict(held) | {'slot': j.active, 'trial': j.trial} if held else None,
-                'other': asdict(o) | {'slot': j.other()} if (o := j.held(j.other())) else None, 'failed_here': j.tries, 'serial': j.serial, 'last': self.last, 'process': os.getpid()}
+                'other': asdict(o) | {'slot': j.other()} if (o := j.held(j.other())) else None, 'failed_here': self._failed(), 'serial': j.serial, 'last': self.last, 'process': os.getpid()}
+
+    def _failed(self) -> dict:
+        "Tries that have failed: without the one under way, which is counted before it is made."
+        j, d = self.journal, self.decision
+        under_way = j.serving().digest if j.trial and j.serving() else d.release if d and self.state == 'SWITCH' else None
+        t = j.tries.get(under_way)
+        if not t: return j.tries
+        earlier = {under_way: t | {'count': t['count'] - 1, 'reason': 'it failed before and is tried again', 'quarantined': False}} if t['count'] > 1 else {}
+        return {k: v for k, v in j.tries.items() if k != under_way} | earlier
 
     def tell(self): self.store.tell(self.status())
 

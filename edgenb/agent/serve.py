@@ -237,10 +237,12 @@ def http_server(server: Server, port: int, status=lambda: {}) -> ThreadingHTTPSe
             if not self.ours(): return
             if self.path == '/healthz': self.say(*((200, {'ok': True, 'model': server.digest}) if server.digest else (503, {'ok': False, 'error': server.why_nothing})))
             elif self.path == '/v1/model': self.say(200, status())
+            elif self.path in ('/v1/predict', '/v1/outcome'): self.say(405, {'error': f'{self.path} takes a POST: send one'}, Allow='POST')
             else: self.say(404, {'error': f'there is /healthz, /v1/model, /v1/predict and /v1/outcome, not {self.path[:100]}'})
 
         def do_POST(self):
             if not self.ours(): return
+            if self.path in ('/healthz', '/v1/model'): return self.say(405, {'error': f'{self.path} takes a GET: send one'}, Allow='GET')
             if self.path not in ('/v1/predict', '/v1/outcome'): return self.say(404, {'error': f'there is /v1/predict and /v1/outcome, not {self.path[:100]}'})
             length = self.headers.get('Content-Length', '')
             if not length.isdigit() or 'Transfer-Encoding' in self.headers: return self.say(411, {'error': 'say Content-Length'})

@@ -3,7 +3,7 @@ import contextlib, json, os, re, secrets, signal, sys, threading, time
 from pathlib import Path
 from edgenb.core import EdgenbError, json_text
 from edgenb.fleet.windows import days_of, minute_of
-from .machine import Machine, STATES, prove
+from .machine import BY_HAND, Machine, STATES, prove
 from .serve import Server, http_server
 from .storage import Device, Store, load_device, told
 from .trust import FolderSource, seconds_of, source_of
@@ -238,7 +238,9 @@ def in_use(s: dict) -> str:
 def status_text(s: dict) -> str:
     "The status in words."
     lines = [f"device {s['device']} ({s['site']}/{s['hardware']}), repository {s['repository']}", in_use(s), f"state: {s['state']} ({s['does']}){'' if s['running'] else '; the agent does not run now'}", f"why: {s['why']}"]
-    if o := s.get('other'): lines.append(f"other slot: {o['name'] or 'model'} {o['version']} ({o['digest'][:12]}…), {'good: edgenb agent rollback goes back to it' if o['good'] else 'proven, not yet used' if o['proven'] else 'not proven'}")
+    if o := s.get('other'):
+        by_hand = s.get('failed_here', {}).get(o['digest'], {}).get('reason') == BY_HAND
+        lines.append(f"other slot: {o['name'] or 'model'} {o['version']} ({o['digest'][:12]}…), {BY_HAND if by_hand else 'good' if o['good'] else 'proven, not yet used' if o['proven'] else 'not proven'}{': edgenb agent rollback goes back to it' if o['good'] else ''}")
     for digest, t in s.get('failed_here', {}).items():
         if t['quarantined']: lines.append(f"not taken: {digest[:12]}… ({t['reason']})")
     return '\n'.join(lines)

@@ -217,8 +217,8 @@ def status(path: str | Path, minute: int | None = None, models: tuple = (), limi
     with store(path) as db:
         sites = db.execute('SELECT site, count(*), sum(received > ?) FROM devices WHERE retired IS NULL GROUP BY site ORDER BY site', (minute - limits.silent_minutes[0],)).fetchall()
         day = {f['site']: f for f in totals(db, WATCHED, ('site',), 'r.at >= ? AND d.retired IS NULL', (minute - 1440,))}
-        runs: dict = {}
-        for row in newest(db).values(): runs.setdefault(row['site'], Counter())[(row['model'] or 'none')[:8]] += 1
+        names, runs = dict(db.execute('SELECT digest, name FROM models')), {}
+        for row in newest(db).values(): runs.setdefault(row['site'], Counter())[f"{names.get(row['model'], '')} {(row['model'] or 'none')[:8]}".strip()] += 1
         refused = db.execute('SELECT reason, sum(times) FROM refused WHERE last >= ? GROUP BY reason', (minute - 1440,)).fetchall()
     lines = [f"{'site':<14}{'devices':>8}{'reporting':>10}{'decisions':>11}{'wrong':>8}{'p99 ms':>9}{'alerts':>8}  models"]
     for site, n, seen in sites:

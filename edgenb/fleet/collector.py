@@ -93,7 +93,8 @@ def accept(path: str | Path, digest: str,   # of a bundle
            name: str = '', minute: int | None = None):
     "From now on telemetry of this model is taken; said again, it counts as accepted last."
     if not is_hex(digest, 64): raise EdgenbError('accept: a model is named by the 64 hex digits of its bundle\'s digest, or by the folder of the bundle')
-    with store(path, write=True, make=True) as db: db.execute('INSERT INTO models (digest, name, accepted) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET accepted = excluded.accepted', (digest, name, now_minute() if minute is None else minute))
+    with store(path): pass      # a mistyped name is no new collector
+    with store(path, write=True, make=True) as db: db.execute("INSERT INTO models (digest, name, accepted) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET accepted = excluded.accepted, name = iif(excluded.name = '', name, excluded.name)", (digest, name, now_minute() if minute is None else minute))
 
 # %% ../../nbs/fleet/collector.ipynb #3b2780b5
 def _known(path, data):
@@ -189,6 +190,7 @@ def server(path: str | Path,
            budget: int = BUDGET
           ) -> ThreadingHTTPServer:                  # .serve_forever(), .server_address, .shutdown()
     "A collector that listens."
+    with store(path): pass      # a mistyped name is no new collector
     collector_key(path)
     with store(path, write=True, make=True): pass
     try: s = ThreadingHTTPServer((host, port), _handler(path, budget))

@@ -8,7 +8,7 @@ __all__ = ['SIGNS', 'MOST_SIGNS', 'ACTIONS', 'Board', 'alerts_of', 'board_of', '
            'signed_html', 'console']
 
 # %% ../../nbs/fleet/console.ipynb #1ca28453
-import html, json
+import datetime, html, json, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -16,7 +16,7 @@ import numpy as np
 from ..core import EdgenbError
 from ..panel import Panel, as_html, figure_html, table
 from .campaign import parse
-from .controller import Standing, kept
+from .controller import Standing, kept, standings
 from .controller import act as act_on
 from .sequential import CANARY, Evidence
 from .simulate import Rehearsal
@@ -32,12 +32,13 @@ class Board:
     hardware: list         # names of hardware classes
     hours: list            # of each look, since the campaign began
     grid: np.ndarray       # int (looks, sites, classes, 8): devices in each of `STATES`
-    state: list            # of the campaign at each look: 'running', 'paused', 'rolled-back', 'complete' …
-    stage: list            # percent of the fleet that it asks
+    state: list            # of the campaign after each look, at the last one after all that followed: 'running', 'paused', 'rolled-back', 'complete' …
+    stage: list            # percent of the fleet that it asks, as `state`
     exposed: list          # share of the fleet that ever ran the new model
     figures: dict = field(default_factory=dict)   # name -> list of (hour, value, boundary or None)
     log: list = field(default_factory=list)       # of dict: hour, action, reason
     alerts: list = field(default_factory=list)    # of dict: hour, where, what
+    began: int | None = None   # epoch minute, of a real campaign
 
     def __post_init__(self):
         looks, shape = len(self.hours), (len(self.hours), len(self.sites), len(self.hardware), len(STATES))
@@ -46,6 +47,8 @@ class Board:
         for name in ('state', 'stage', 'exposed'):
             if len(getattr(self, name)) != looks: raise EdgenbError(f'board: {len(getattr(self, name))} entries of {name} for {looks} looks')
 
+def _devices(n) -> str: return f"{n:,} device{'' if n == 1 else 's'}"
+
 def alerts_of(r: Rehearsal) -> list:
     "Where devices refused the release, and which plants have devices that were never heard."
     refused, found = r.grid[..., STATES.index('refused')], []
@@ -53,7 +56,7 @@ def alerts_of(r: Rehearsal) -> list:
         for h, kind in enumerate(r.hardware):
             if (at := np.flatnonzero(np.diff(refused[:, s, h], prepend=0) > 0)).size:
                 found.append({'hour': r.looks[at[0]]['hour'], 'where': f'{site}/{kind}', 'what': f'{refused[-1, s, h]} of {r.grid[-1, s, h].sum()} refuse the release: health check, disk or power'})
-    if r.outcome['never_reached']: found.append({'hour': r.looks[-1]['hour'], 'where': 'fleet', 'what': f"{r.outcome['never_reached']} devices were never heard"})
+    if r.outcome['never_reached']: found.append({'hour': r.looks[-1]['hour'], 'where': 'fleet', 'what': f"{_devices(n := r.outcome['never_reached'])} {'was' if n == 1 else 'were'} never heard"})
     return sorted(found, key=lambda a: a['hour'])
 
 def board_of(r: Rehearsal) -> Board:
@@ -66,17 +69,23 @@ def board_of(r: Rehearsal) -> Board:
                  [l['exposed'] for l in r.looks], figures, r.log, alerts_of(r))
 
 # %% ../../nbs/fleet/console.ipynb #4299b0c2
-def _states_of(e: Evidence) -> np.ndarray:   # int (d,): index into STATES
-    "What the controller knew of each device."
+def _states_of(e: Evidence, state: str) -> np.ndarray:   # int (d,): index into STATES
+    "What the controller knew of each device, in a campaign of this state: none is on its way to a release that was sent back or given up."
     on_new, failed = e.arm == CANARY, np.zeros(len(e.arm), bool) if e.failed is None else np.asarray(e.failed, bool)
-    return np.select([on_new, failed & e.cohort, e.cohort], [STATES.index('new'), STATES.index('refused'), STATES.index('fetching')], STATES.index('old'))
+    return np.select([on_new, failed & e.cohort, e.cohort], [STATES.index('new'), STATES.index('refused'), STATES.index('old' if state in ('rolled-back', 'aborted') else 'fetching')], STATES.index('old'))
+
+def _natural(name) -> list:   # plant-2 before plant-10
+    return [int(t) if i % 2 else t for i, t in enumerate(re.split(r'(\d+)', name))]
 
 def board_of_log(folder: str | Path,    # of one campaign, as the controller keeps it
                  most: int = 200        # looks
                 ) -> Board:
     "A real campaign for the console."
+    folder = Path(folder)
+    if not (folder/'log.jsonl').is_file() and (there := standings(folder)):
+        raise EdgenbError(f"console: {folder} holds the campaigns {', '.join(o.campaign.id for o in there)}: name one, console({str(there[-1].folder)!r})")
     s = Standing(folder)
-    steps, c, now = [], parse(s.log[0]['campaign']), s.log[0]['now']
+    steps, c = [], parse(s.log[0]['campaign'])
     log = [{'hour': 0.0, 'action': 'start', 'reason': c.reason}]
     for r in s.log[1:]:
         if 'campaign' in r:
@@ -87,20 +96,21 @@ def board_of_log(folder: str | Path,    # of one campaign, as the controller kee
     seen = [(r, c, Evidence.from_bytes(kept(s.folder, r['evidence']))) for r, c in steps]
     if not seen: raise EdgenbError(f'console: the controller has not looked at campaign {s.campaign.id} yet: edgenb campaign watch {s.campaign.id}')
     names = sorted({str(v) for _, _, e in seen for v in e.stratum})
-    sites, kinds = sorted({n.rpartition('/')[0] for n in names}), sorted({n.rpartition('/')[2] for n in names})
+    sites, kinds = sorted({n.rpartition('/')[0] for n in names}, key=_natural), sorted({n.rpartition('/')[2] for n in names}, key=_natural)
+    states = [c.state for _, c, _ in seen[:-1]] + [s.campaign.state]      # also after what a person did when nobody looked any more
     grid = np.zeros((len(seen), len(sites), len(kinds), len(STATES)), int)
     for n, (_, _, e) in enumerate(seen):
         of = [str(v).rpartition('/') for v in e.stratum]
-        np.add.at(grid[n], ([sites.index(a) for a, _, _ in of], [kinds.index(b) for _, _, b in of], _states_of(e)), 1)
+        np.add.at(grid[n], ([sites.index(a) for a, _, _ in of], [kinds.index(b) for _, _, b in of], _states_of(e, states[n])), 1)
     figures: dict = {}
     for r, _, _ in seen:
         for g in r['decision']['guards']:
             if g['holds'] is not None: figures.setdefault(g['name'], []).append(((r['now'] - s.began)/60, g['value'], g['boundary']))
     ever = np.maximum.accumulate(grid[..., STATES.index('new')], 0).sum((1, 2))/np.maximum(grid.sum((1, 2, 3)), 1)
     e = seen[-1][2]
-    alerts = [{'hour': (e.at - s.began)/60, 'where': str(v), 'what': f'{int((e.stratum == v).sum())} devices, of these {n} not heard since this stage began'} for v, n in zip(*np.unique(e.stratum[e.last_seen < e.since], return_counts=True))]
-    return Board(f'{s.campaign.name}, campaign {s.campaign.id}', False, sites, kinds, [(r['now'] - s.began)/60 for r, _, _ in seen], grid, [c.state for _, c, _ in seen[:-1]] + [s.campaign.state],
-                 [c.stages[c.stage] for _, c, _ in seen], ever.tolist(), figures, log, alerts)
+    alerts = [{'hour': (e.at - s.began)/60, 'where': str(v), 'what': f'{_devices(int((e.stratum == v).sum()))}, of these {n} not heard since this stage began'} for v, n in zip(*np.unique(e.stratum[e.last_seen < e.since], return_counts=True))]
+    return Board(f'{s.campaign.name}, campaign {s.campaign.id}', False, sites, kinds, [(r['now'] - s.began)/60 for r, _, _ in seen], grid, states,
+                 [c.stages[c.stage] for _, c, _ in seen[:-1]] + [s.campaign.stages[s.campaign.stage]], ever.tolist(), figures, log, alerts, s.began)
 
 # %% ../../nbs/fleet/console.ipynb #7ac922d4
 SIGNS = {'old': ('□', '#8a8a8a', 'old model'), 'fetching': ('◔', '#3a93c8', 'on its way'), 'ready': ('◑', '#3a93c8', 'waits for its window'), 'installing': ('◕', '#3a93c8', 'installing'), 'off': ('○', '#c98a00', 'without power'),
@@ -117,6 +127,8 @@ def cell(counts: np.ndarray, per: int) -> str:
     words = ', '.join(f'{counts[s]:,} {SIGNS[s][2]}' for s in order if counts[s])
     return f'<td style="text-align:left;vertical-align:top" title="{words}"><span aria-hidden="true" style="letter-spacing:1px;overflow-wrap:anywhere">{signs}</span><br><small>{words}</small></td>'
 
+def _hour(hours) -> str: return f'{hours:.1f}'.removesuffix('.0')
+
 def map_html(b: Board, look: int) -> str:
     "Plants down, hardware across, devices by state."
     per, esc = max(1, -(-int(b.grid[look].sum(-1).max())//MOST_SIGNS)), html.escape
@@ -125,7 +137,7 @@ def map_html(b: Board, look: int) -> str:
     head = '<tr><th scope="col">plant</th>' + ''.join(f'<th scope="col" style="text-align:left">{esc(str(h))}</th>' for h in b.hardware) + '</tr>'
     rows = ''.join(f'<tr><th scope="row" style="text-align:left;vertical-align:top">{esc(str(s))}</th>{"".join(cell(c, per) for c in b.grid[look, i])}</tr>' for i, s in enumerate(b.sites))
     many = '' if per == 1 else f' A sign stands for up to {per:,} devices.'
-    return f'<p><small>{legend}.{many}</small></p><table><caption>{esc(b.title)}{" (simulated)" if b.simulated else ""}, hour {b.hours[look]:g}</caption><thead>{head}</thead><tbody>{rows}</tbody></table>'
+    return f'<p><small>{legend}.{many}</small></p><table><caption>{esc(b.title)}{" (simulated)" if b.simulated else ""}, hour {_hour(b.hours[look])}</caption><thead>{head}</thead><tbody>{rows}</tbody></table>'
 
 # %% ../../nbs/fleet/console.ipynb #41a85576
 def _figure(b, title, y, **layout):
@@ -139,6 +151,7 @@ def exposure_figure(b: Board, look: int):
     "Share of the fleet that runs, and ever ran, the new model."
     running = b.grid[..., STATES.index('new')].sum((1, 2))/b.grid.sum((1, 2, 3))
     figure, upto = _figure(b, 'Who has met the new model', 'share of the fleet, %'), slice(0, look + 1)
+    figure.update_yaxes(range=[0, max(5.0, 105*float(max(np.max(b.exposed[upto]), running[upto].max())))])
     for name, values, dash in (('ever', b.exposed, 'dash'), ('now', running, 'solid')): figure.add_scatter(x=b.hours[upto], y=[100*float(v) for v in values[upto]], mode='lines', name=name, line=dict(dash=dash))
     return figure
 
@@ -172,10 +185,12 @@ def log_table(b: Board, look: int) -> str:
 
 # %% ../../nbs/fleet/console.ipynb #3c94f638
 def in_words(b: Board, look: int) -> str:
-    "One line: where the campaign is."
-    now = b.grid[look].sum((0, 1))
+    "One line: where the campaign is, and of which look the numbers of devices are."
+    now, last = b.grid[look].sum((0, 1)), max([b.hours[look], *(e['hour'] for e in b.log)] if look == len(b.hours) - 1 else [b.hours[look]])
+    when = '' if b.began is None else datetime.datetime.fromtimestamp((b.began + 60*b.hours[look])*60, datetime.timezone.utc).strftime('%Y-%m-%d %H:%M UTC')
+    of = f"the look of hour {_hour(b.hours[look])}{f' ({when})' if when else ''}: "
     on_new, gone = int(now[STATES.index('new')]), int(now[STATES.index('refused')])
-    return (f"Hour {b.hours[look]:g}: {b.state[look]}, {b.stage[look]:g} % of the fleet asked; {on_new:,} of {int(now.sum()):,} devices on the new model, {b.exposed[look]:.1%} ever exposed"
+    return (f"Hour {_hour(last)}: {b.state[look]}, {b.stage[look]:g} % of the fleet asked; {of if when or last > b.hours[look] else ''}{on_new:,} of {_devices(int(now.sum()))} on the new model, {b.exposed[look]:.1%} ever exposed"
             + (f', {gone:,} refused it' if gone else '') + '.' + (' Simulated.' if b.simulated else ''))
 
 ACTIONS = {'pause': ('Pause', 'no device installs the release until the campaign is resumed', 'warning'), 'roll back': ('Roll back', 'every device on the release goes back to what it ran before', 'danger')}
@@ -249,4 +264,4 @@ def _console_widget(panel, read, act):
 def _looks(b, most: int = 200):
     "Hours to choose from: all, or every so many and those at which something was decided."
     decided = {e['hour'] for e in b.log}
-    return [(f'{h:g}', n) for n, h in enumerate(b.hours) if n % (1 + len(b.hours)//most) == 0 or h in decided or n == len(b.hours) - 1]
+    return [(_hour(h), n) for n, h in enumerate(b.hours) if n % (1 + len(b.hours)//most) == 0 or h in decided or n == len(b.hours) - 1]

@@ -369,7 +369,8 @@ def watch(folder: str | Path, telemetry: str | Path, publish: Callable, once: bo
         if o.campaign.over and o.folder != Path(folder):     # what a controller that was killed left unsigned, of another model
             try: publish(o.campaign)
             except EdgenbError as e: print(e, flush=True)
-    for digest in filter(None, (Standing(folder).campaign.release, Standing(folder).campaign.replaces)): accept(telemetry, digest)   # or its canaries' rows would be refused
+    c = Standing(folder).campaign
+    for digest in filter(None, (c.release, c.replaces)): accept(telemetry, digest, c.name)   # or its canaries' rows would be refused
     wait_labels = int(60*Standing(folder).policy.label_delay_hours)
     while True:
         try: d = step(folder, lambda c, began, since, now: evidence(telemetry, c, began, since, now, label_delay=wait_labels), publish, read_inventory(telemetry))

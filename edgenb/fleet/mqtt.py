@@ -10,7 +10,7 @@ import queue, threading
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from ..core import EdgenbError
-from .collector import collector_key, take
+from .collector import collector_key, store, take
 from .envelope import MOST, ROWS, public_of, unverified
 from .outbox import ANSWER, Outbox, Sent, acknowledge, backoff, batch
 from .schema import BUDGET, Refused
@@ -72,6 +72,7 @@ def collect_mqtt(path: str | Path,           # of the collector's store
                  budget: int = BUDGET,
                  stop: threading.Event | None = None):   # set to end; default: runs until it is interrupted
     "Take rows from a broker; each is acknowledged after its commit."
+    with store(path): pass      # a mistyped name is no new collector
     client, host, port = _client(url, f'edgenb-collector-{public_of(collector_key(path))[:16]}', ca)   # a broker lets only one client of a name stay
     def arrived(c, _, m):
         if len(m.payload) > MOST: return

@@ -133,7 +133,7 @@ def _replaced(repository, names, signers):
     "Rotate keys out; yields what it came to."
     from securesystemslib.signer import CryptoSigner
     for name in names:
-        if not (roles := roles_of(repository, name)): raise EdgenbError(f'{repository.path} knows no key {name}: edgenb keys list says which there are')
+        if not (roles := roles_of(repository, name)): raise EdgenbError(f'the repository knows no key {name}.{did_you_mean(name, sorted({key_name(k) for r in (repository.published("root").signed, repository.published("targets").signed.delegations) for k in r.keys.values()}))}')
         role = 'usb' if len(roles) > 1 else roles[0]
         new = CryptoSigner.generate_ed25519()
         new.public_key.unrecognized_fields['x-edgenb-name'] = f'{name}-new'
