@@ -318,6 +318,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'edgenb.core.refuse_stale': ('core.html#refuse_stale', 'edgenb/core.py'),
                              'edgenb.core.room': ('core.html#room', 'edgenb/core.py'),
                              'edgenb.core.settings': ('core.html#settings', 'edgenb/core.py'),
+                             'edgenb.core.stick_folder': ('core.html#stick_folder', 'edgenb/core.py'),
                              'edgenb.core.sync_folder': ('core.html#sync_folder', 'edgenb/core.py'),
                              'edgenb.core.within': ('core.html#within', 'edgenb/core.py'),
                              'edgenb.core.write_atomic': ('core.html#write_atomic', 'edgenb/core.py'),

@@ -373,3 +373,14 @@ def test_who_signs_a_stick_is_shown_what_it_will_make_devices_do(tmp_path, keys,
     document = next((tmp_path/'stick/targets/campaigns').glob('*.json'))
     document.write_text(document.read_text().replace('running', 'aborted'))
     with pytest.raises(EdgenbError, match='do not sign'): describe_export(tmp_path/'stick')
+
+
+def test_a_stick_that_is_not_mounted_is_not_made_on_the_systems_disk(tmp_path, repository):
+    from edgenb.core import stick_folder
+    media = tmp_path/'media'; (media/'user').mkdir(parents=True)
+    for folder in (media/'stick', media/'stick/edgenb', media/'user', media/'user/stick', media/'user/stick/edgenb'):
+        with pytest.raises(EdgenbError, match='not on a mounted stick: plug it in'): stick_folder(folder, (media,))
+        assert not folder.exists() or folder == media/'user'
+    assert stick_folder(media/'user/stick') and stick_folder(tmp_path/'new', (tmp_path/'nosuch', '/')) == tmp_path/'new'
+    with pytest.raises(EdgenbError, match='stick is not there'): repository.export_usb(tmp_path/'stick/edgenb', 30)
+    assert not (tmp_path/'stick').exists()

@@ -8,7 +8,7 @@ __all__ = ['export_usb', 'describe_export', 'sign_export']
 # %% ../../nbs/fleet/stick.ipynb #7a3b213c
 import copy, datetime, hashlib, json
 from pathlib import Path
-from ..core import EdgenbError, within, write_atomic, write_json
+from ..core import EdgenbError, stick_folder, within, write_atomic, write_json
 from .delta import release_blobs, store_blob, write_file
 from .keys import ROLES, USB_MAY
 from .repository import DOCUMENT, Outcome, Repository, key_name, locked, parse
@@ -23,7 +23,7 @@ def export_usb(repository: Repository,
     "Write a copy with an explicit validity for devices that have no network."
     from tuf.api.metadata import Metadata, MetaFile
     within('export_usb', 0.01, 10*365, valid_days=valid_days)
-    folder = Path(folder)
+    folder = stick_folder(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder/'metadata/timestamp.json').is_file(): raise EdgenbError(f'{folder} is not empty and holds no earlier export: name a new folder on the stick')
     with locked(repository.path):
         repository.reload()
