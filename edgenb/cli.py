@@ -468,7 +468,9 @@ REPOSITORY = argument('repository', help='folder of the update repository')
 
 def _said(outcome, repository):
     "What a change came to, and what to do where signatures are missing."
+    from edgenb.fleet.keys import USB_MAY
     if outcome.done: return print('published')
+    if set(outcome.waiting) <= set(USB_MAY): print(f'staged, not published: {outcome.lack}'); return 3   # the holders have signed; the online keys are not at hand
     print(f'{outcome}\nhave it signed where the keys are: edgenb keys sign {repository.path}/staged.json --keys FOLDER; copies can be signed elsewhere and handed in with --signed FILE')
     return 3
 
@@ -492,15 +494,21 @@ def command_repository_publish(args: argparse.Namespace):
     from pathlib import Path
     from edgenb.fleet.registry import checkout, resolve
     from edgenb.fleet.repository import Repository, merge_staged
+    from edgenb.ship import check_bundle
     repository = Repository(args.repository)
     if args.discard: repository.discard(); return print('nothing is staged')
     for file in args.signed: merge_staged(repository, file)
     signers = _signers(args, repository.wanted('releases', 'campaign', 'snapshot', 'timestamp', *repository.staged['metadata']))
+    if not args.bundle and not repository.staged['metadata']: return print(f'nothing is staged in {repository.path}: name a bundle to release it; edgenb repository refresh renews the signatures')
     if not args.bundle: return _said(repository.commit(signers), repository)
     with tempfile.TemporaryDirectory() as folder:
         def here(ref, name): return Path(ref) if Path(ref).is_dir() else checkout(_registry(args), ref, Path(folder)/name)
         version = args.version or (None if Path(args.bundle).is_dir() else resolve(_registry(args), args.bundle)['version'])
-        return _said(repository.publish(here(args.bundle, 'bundle'), version, signers, [here(e, f'earlier-{i}') for i, e in enumerate(args.earlier)], args.agent), repository)
+        bundle, earlier = here(args.bundle, 'bundle'), [here(e, f'earlier-{i}') for i, e in enumerate(args.earlier)]
+        there = repository.releases().get(check_bundle(bundle)['digest'])
+        outcome = repository.publish(bundle, version, signers, earlier, args.agent)
+        if there and (unused := [e for e, b in zip(args.earlier, earlier) if check_bundle(b)['digest'] not in repository.differences(there['target'])]): print(f"{there['name']}:{there['version']} was released before: --from {', '.join(unused)} was not used, differences belong to the first publication")
+        return _said(outcome, repository)
 
 @command(REPOSITORY, *SECRETS, argument('--renew', choices=('root', 'targets', 'models'), help='an offline role too, which its holders sign'), group='repository')
 def command_repository_refresh(args: argparse.Namespace):
@@ -517,10 +525,11 @@ def command_repository_refresh(args: argparse.Namespace):
 def command_repository_export_usb(args: argparse.Namespace):
     "write a copy for devices without a network, signed by the usb key for a stated time; exit code 3 if it still has to be signed"
     from edgenb.fleet.repository import Repository
-    from edgenb.fleet.stick import export_usb
+    from edgenb.fleet.stick import export_usb, taken_along
     repository = Repository(args.repository)
     signers = _signers(args, repository.wanted('campaign', 'snapshot', 'timestamp'))
     outcome = export_usb(repository, args.folder, args.days, signers, args.only)
+    if also := taken_along(repository, args.only): print(f"taken along, because a campaign names them: {', '.join(f'''{r['name']}:{r['version']}''' for r in also.values())}")
     usb = repository.wanted('campaign') & repository.wanted('snapshot') & repository.wanted('timestamp')
     if any(s.public_key.keyid not in usb for s in signers): repository.refresh([s for s in signers if s.public_key.keyid not in usb])
     else: print(f'refresh the repository now: devices that have read this stick wait until it is newer (edgenb repository refresh {repository.path} --keys FOLDER)', file=sys.stderr)

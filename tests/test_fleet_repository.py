@@ -381,3 +381,91 @@ def test_a_key_or_a_file_that_is_not_there_is_called_so(tmp_path, capsys):
     assert main(['keys', 'drill', '--lost', 'root-9']) == 2
     said = capsys.readouterr().err
     assert 'knows no key root-9' in said and '/' not in said
+
+
+def test_a_stick_that_is_not_mounted_is_not_made_on_the_systems_disk(tmp_path, repository):
+    from edgenb.core import stick_folder
+    media = tmp_path/'media'; (media/'user').mkdir(parents=True)
+    for folder in (media/'stick', media/'stick/edgenb', media/'user', media/'user/stick', media/'user/stick/edgenb'):
+        with pytest.raises(EdgenbError, match='not on a mounted stick: plug it in'): stick_folder(folder, (media,))
+        assert not folder.exists() or folder == media/'user'
+    assert stick_folder(media/'user/stick') and stick_folder(tmp_path/'new', (tmp_path/'nosuch', '/')) == tmp_path/'new'
+    with pytest.raises(EdgenbError, match='stick is not there'): repository.export_usb(tmp_path/'stick/edgenb', 30)
+    assert not (tmp_path/'stick').exists()
+
+
+def test_a_stick_takes_along_what_its_campaigns_name_and_says_when_it_waits_for_its_signature(tmp_path, keys, repository, monkeypatch, capsys):
+    from edgenb.agent.trust import FolderSource, Refused, look
+    from edgenb.agent.storage import Store
+    from edgenb.cli import main
+    from tinyfleet import tiny_bundle
+    monkeypatch.setenv('EDGENB_PASSPHRASE', 'five random words are enough')
+    d = [tiny_bundle(tmp_path/f'toy-{i}', f'weights {i}', name='toy') for i in range(3)]
+    for i in range(3): assert repository.publish(tmp_path/f'toy-{i}', signers=keys[2]).done
+    repository.set_campaigns({'campaigns': [{'id': 'c1', 'name': 'toy', 'release': d[1], 'replaces': d[0], 'state': 'running'}]}, keys[2])
+    stick, root, now = tmp_path/'stick', (repository.path/'metadata/1.root.json').read_bytes(), repository.clock().timestamp()
+    assert main(f'repository export-usb {repository.path} {stick} --days 30 --only toy:2'.split()) == 3
+    assert 'taken along, because a campaign names them: toy:1\n' in capsys.readouterr().out
+    assert main(f'repository check {stick}'.split()) == 2 and f'is not signed yet: edgenb keys sign {stick}' in capsys.readouterr().err
+    with pytest.raises(Refused, match='stick that waits for its signature'): look(Store(tmp_path/'d').open(), FolderSource(stick), root, now)
+    assert main(f'keys sign {stick} --keys {keys[0]}/usb --yes'.split()) == 0
+    capsys.readouterr()
+    assert main(f'repository check {stick}'.split()) == 0 and 'is not on this stick, and no campaign names it' in capsys.readouterr().out   # toy:3
+    store = Store(tmp_path/'device').open()
+    old = tmp_path/'old'; shutil.copytree(stick, old)
+    repository.refresh(online(keys)); repository.export_usb(stick, 30, keys[2])
+    assert look(store, FolderSource(stick), root, now).release(d[0])
+    with pytest.raises(Refused, match=r'is older than what this device has read before \(timestamp version \d+; version \d+ is known\): take a newer stick'): look(store, FolderSource(old), root, now)
+    document = next((stick/'targets/campaigns').glob('*.json')); document.write_text(document.read_text().replace('running', 'aborted'))
+    with pytest.raises(Refused, match=f'{document.name} is damaged or is not what was signed'): look(store, FolderSource(stick), root, now)
+    assert main(f'repository check {stick}'.split()) == 1 and f'{document.name} is damaged' in capsys.readouterr().out
+
+
+def test_what_is_not_there_to_sign_and_who_could_is_said(tmp_path, keys, repository, monkeypatch, capsys):
+    from edgenb.cli import main
+    monkeypatch.setenv('EDGENB_PASSPHRASE', 'five random words are enough')
+    toy_bundle(tmp_path/'one'); toy_bundle(tmp_path/'two', 'other weights')
+    repo = repository.path
+    assert main(f'repository publish {repo}'.split()) == 0 and capsys.readouterr().out.startswith('nothing is staged')
+    for given in ('', f'--keys {keys[0]}/holder-1'):
+        assert main(f'repository refresh {repo} {given}'.split()) == 2
+        assert 'timestamp needs 1 of timestamp-1, usb-1; pass --keys FOLDER' in capsys.readouterr().err
+    assert main(f'repository publish {repo} {tmp_path}/one --keys {keys[0]}/holder-1 --keys {keys[0]}/holder-2'.split()) == 3
+    said = capsys.readouterr().out
+    assert 'staged, not published' in said and '--keys FOLDER' in said and 'staged.json' not in said
+    assert main(f'repository publish {repo} --keys {keys[0]}'.split()) == 0
+    for _ in range(2): assert main(f'repository publish {repo} {tmp_path}/two --keys {keys[0]}'.split()) == 0
+    assert '--from' not in capsys.readouterr().out
+    assert main(f'repository publish {repo} {tmp_path}/two --keys {keys[0]} --from {tmp_path}/one'.split()) == 0
+    assert f'toy:2 was released before: --from {tmp_path}/one was not used' in capsys.readouterr().out
+
+
+def test_a_device_is_enrolled_only_with_a_root_of_trust_and_a_repository_that_can_be_meant(tmp_path, repository):
+    from edgenb.agent.service import enrol
+    metadata = repository.path/'metadata'
+    (tmp_path/'other.txt').write_text('hello')
+    root = json.loads((metadata/'1.root.json').read_text())
+    write_json(tmp_path/'unsigned.json', root | {'signatures': root['signatures'][:1]})
+    for file, words in ((metadata/'timestamp.json', 'is the timestamp of a repository, not its root'), (tmp_path/'other.txt', 'is not a root of trust, or it is damaged'), (tmp_path/'unsigned.json', 'its own keys have not signed it .*1/2 keys')):
+        with pytest.raises(EdgenbError, match=f'{words}.*metadata/1.root.json'): enrol(tmp_path/'device', file, str(repository.path), 'plant-3', 'orin')
+    for place in ('127.0.0.1:8899', 'updates.example.org/fleet', 'localhost:80'):
+        with pytest.raises(EdgenbError, match=f'no folder {place}.*http://{place}'): enrol(tmp_path/'device', metadata/'1.root.json', place, 'plant-3', 'orin')
+    with pytest.raises(EdgenbError, match='no folder .*nosuch: make it, or mount it'): enrol(tmp_path/'device', metadata/'1.root.json', str(tmp_path/'nosuch'), 'plant-3', 'orin')
+    assert not (tmp_path/'device').exists()
+
+
+def test_an_address_where_nobody_listens_is_said_in_words(tmp_path):
+    import socket
+    from edgenb.agent.trust import HttpSource, Unreachable
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    with pytest.raises(Unreachable) as e: HttpSource(f'http://127.0.0.1:{port}').pieces(f'http://127.0.0.1:{port}/metadata/timestamp.json', 0)
+    assert str(e.value).endswith('timestamp.json cannot be reached: connection refused')
+
+
+def test_every_command_that_a_message_or_a_page_names_exists():
+    import re
+    import edgenb
+    from edgenb.cli import COMMANDS, GROUPS
+    package = Path(edgenb.__file__).parent
+    named = {f'{g} {a}' for p in [*package.rglob('*.py'), *package.parent.glob('docs/howto/*.md')] for g, a in re.findall(rf"\bedgenb ({'|'.join(GROUPS)}) ([a-z][a-z-]+)", p.read_text(encoding='utf-8'))}
+    assert len(named) > 20 and named <= set(COMMANDS), named - set(COMMANDS)

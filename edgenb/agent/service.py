@@ -19,7 +19,7 @@ def place(root: str | None) -> Path:
 
 def enrol(root: Path, root_json: Path, repository: str, site: str, hardware: str, id: str = '', model: str = '', connect: list = (), **more) -> Device:
     "Make a folder for an agent: who the device is, and the root of trust, which came another way than the repository."
-    from tuf.api.exceptions import RepositoryError
+    from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
     from tuf.api.metadata import Metadata, Root
     root = Path(root)
     if (root/'device.json').exists(): raise EdgenbError(f'{root} is enrolled already, as {load_device(root).id}: remove the folder to enrol the device anew')
@@ -28,14 +28,19 @@ def enrol(root: Path, root_json: Path, repository: str, site: str, hardware: str
     id = id or secrets.token_hex(16)
     if not re.fullmatch(r'[0-9a-f]{32}', id): raise EdgenbError(f"enrol: id '{id}' must be 32 hex digits; without --id one is drawn")
     source_of(repository)
-    if not re.match(r'https?://', repository): repository = str(Path(repository).absolute())
+    if not re.match(r'https?://', repository):
+        if not Path(repository).is_absolute() and not Path(repository).is_dir(): raise EdgenbError(f'enrol: there is no folder {repository}' + (f'; an address begins with https:// or http://, such as http://{repository}' if re.match(r'(\[[0-9a-fA-F:]+\]|localhost|[\w-]+(\.[\w-]+)*:\d+|[\w-]+(\.[\w-]+)+)(:\d+)?(/|$)', repository) else ': make it, or mount it, first'))
+        repository = str(Path(repository).absolute())   # a stick need not be there yet
     for w in connect: days_of(w['days']), minute_of(w['from']), minute_of(w['to'])
     try: data = Path(root_json).read_bytes()
     except OSError as e: raise EdgenbError(f'{root_json} cannot be read ({e.strerror}): take the root.json of the key ceremony') from None
+    take = 'take the root.json of the key ceremony (metadata/1.root.json in the repository)'
     try:
         metadata = Metadata[Root].from_bytes(data)
+        if metadata.signed.type != 'root': raise EdgenbError(f'{root_json} is the {metadata.signed.type} of a repository, not its root of trust: {take}')
         metadata.signed.verify_delegate('root', metadata.signed_bytes, metadata.signatures)
-    except (RepositoryError, ValueError, KeyError, TypeError, AttributeError) as e: raise EdgenbError(f'{root_json} is not a root of trust: {e}') from None
+    except UnsignedMetadataError as e: raise EdgenbError(f'{root_json} is not a root of trust, its own keys have not signed it ({e}): {take}') from None
+    except (RepositoryError, ValueError, KeyError, TypeError, AttributeError): raise EdgenbError(f'{root_json} is not a root of trust, or it is damaged: {take}') from None
     store = Store(root).open()
     device = Device(id, site, hardware, repository, model, list(connect), **more)
     store.put(store.root/'root.json', data)

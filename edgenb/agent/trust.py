@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 import urllib3
 from tuf.api import exceptions as tuf_errors
+from tuf.api.serialization import DeserializationError
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 from edgenb.core import EdgenbError
 from .storage import Store, told
@@ -62,6 +63,7 @@ class Source(FetcherInterface):
     "A repository that can be read: its address, and the two ways of reading from it."
     base: str
     deadline: Deadline | None = None
+    last = ''        # what python-tuf asked for last: its errors do not name the file
 
     def url(self, path: str) -> str: return f'{self.base}/{path}'
 
@@ -72,7 +74,7 @@ class Source(FetcherInterface):
         "A content-addressed blob, from `offset` on where the source can do that."
         return self.pieces(self.url(f'blobs/{sha256[:2]}/{sha256}'), offset)
 
-    def _fetch(self, url): return self.pieces(url, 0)[1]
+    def _fetch(self, url): self.last = url; return self.pieces(url, 0)[1]
 
 
 class FolderSource(Source):
@@ -127,7 +129,7 @@ class HttpSource(Source):
         p, headers = self.patience, dict(self.http.headers) | ({'Range': f'bytes={offset}-'} if offset else {})
         silence = min(p.silence_s, max(0.1, self.deadline.left())) if self.deadline else p.silence_s
         try: answer = self.http.request('GET', url, headers=headers, preload_content=False, redirect=False, timeout=urllib3.Timeout(connect=p.connect_s, read=silence))
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as e: raise Unreachable(f'{url} cannot be reached ({_plain(e)})') from None
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as e: raise Unreachable(f'{url} cannot be reached: {_plain(e)}') from None
         if answer.status not in (200, 206):
             answer.close()
             raise tuf_errors.DownloadHTTPError(f'{url}: the server answered {answer.status}', answer.status)
@@ -155,8 +157,20 @@ class HttpSource(Source):
 
 
 def _plain(e) -> str:
-    "A network error without the object addresses that urllib3 puts in."
-    return re.sub(r'<[^>]*>[,:]? ?|\(?object at 0x[0-9a-f]+\)?', '', str(getattr(e, 'reason', None) or e)).strip(' :') or type(e).__name__
+    "A network error without what urllib3 puts around it: objects, addresses, numbers."
+    text = re.sub(r'<[^>]*>[,:]? ?|\(?object at 0x[0-9a-f]+\)?|HTTPS?Connection(Pool)?\([^)]*\): ?|Failed to establish a new connection: ?|\[Errno -?\d+\] ?', '', str(getattr(e, 'reason', None) or e)).strip(' :')
+    return text[:1].lower() + text[1:] if re.match('[A-Z][a-z]', text) else text or type(e).__name__
+
+
+def in_words(e, file: str) -> str:
+    "What python-tuf refuses, for people; `file` is what was read last."
+    text, file = str(e), file or 'root.json of this device'
+    if isinstance(e, tuf_errors.LengthOrHashMismatchError): return f'{file} is damaged or is not what was signed: copy the repository there again'
+    if isinstance(e, DeserializationError): return f'{file} is damaged: it is not signed metadata; copy the repository there again'
+    if m := re.fullmatch(r'New (\w+) version (?:(\d+) )?must be >= (\d+)(?:, got version (\d+))?', text):
+        return f'it is older than what this device has read before ({m[1]} version {m[2] or m[4]}; version {m[3]} is known): take a newer stick, or have the repository refreshed'
+    if isinstance(e, tuf_errors.UnsignedMetadataError) and text.startswith('timestamp was signed by 0/'): return f'{text}: a stick that waits for its signature (edgenb keys sign), or a repository of other keys'
+    return text
 
 
 def source_of(repository: str) -> Source:
@@ -209,7 +223,7 @@ def look(store: Store, source: Source, root: bytes, now: float) -> View:
         trusted = updater._trusted_set
         expires = min(trusted[r].expires for r in ('root', 'timestamp', 'snapshot', 'targets', 'campaign') if trusted.get(r))
         return View(updater, source, document, seconds_of(document.get('issued')), expires.timestamp(), trusted.root.version)
-    except tuf_errors.RepositoryError as e: raise Refused(f'{source.base} is refused: {e}' + (f' (the time here is {datetime.datetime.fromtimestamp(now, datetime.timezone.utc):%Y-%m-%d %H:%M} UTC)' if isinstance(e, tuf_errors.ExpiredMetadataError) else '')) from None
+    except tuf_errors.RepositoryError as e: raise Refused(f'{source.base} is refused: {in_words(e, source.last)}' + (f' (the time here is {datetime.datetime.fromtimestamp(now, datetime.timezone.utc):%Y-%m-%d %H:%M} UTC)' if isinstance(e, tuf_errors.ExpiredMetadataError) else '')) from None
     except tuf_errors.DownloadError as e:
         if isinstance(e.__cause__, EdgenbError): raise e.__cause__ from None
         kind = Unreachable if isinstance(e, (tuf_errors.DownloadHTTPError, tuf_errors.SlowRetrievalError)) else Refused
@@ -225,7 +239,7 @@ def _document(updater, source, target: str) -> dict:
         folder, name = posixpath.split(target)
         data = source.download_bytes(source.url(f'targets/{folder}/{next(iter(info.hashes.values()))}.{name}'), info.length)
         info.verify_length_and_hashes(data)
-    except tuf_errors.RepositoryError as e: raise Refused(f'{source.base} is refused: {e}') from None
+    except tuf_errors.RepositoryError as e: raise Refused(f'{source.base} is refused: {in_words(e, source.last)}') from None
     except tuf_errors.DownloadError as e:
         if isinstance(e.__cause__, EdgenbError): raise e.__cause__ from None
         raise Unreachable(f'{source.base}: {e}') from None

@@ -9,7 +9,7 @@ __all__ = ['SUITE', 'SCOPES', 'CASE', 'MOST_CASES', 'MOST_BYTES', 'MEDIA', 'keyg
 # %% ../../nbs/fleet/feedback.ipynb #32f72fe7
 import base64, datetime, hashlib, json, math, secrets, shutil
 from pathlib import Path
-from ..core import EdgenbError, did_you_mean, digest_of, file_errors, sync_folder, within, write_atomic, write_json
+from ..core import EdgenbError, did_you_mean, digest_of, file_errors, stick_folder, sync_folder, within, write_atomic, write_json
 from .envelope import MOST, opened, seal, unverified
 from .schema import Refused, compact, is_hex
 
@@ -141,7 +141,7 @@ def keep(folder: str | Path, signer,       # of the device's key, as for telemet
 # %% ../../nbs/fleet/feedback.ipynb #e72e138b
 def export(folder: str | Path, target: str | Path, now: datetime.datetime | None = None) -> int:   # cases
     "Copy what waits to a stick or a share, durably, then forget it here. What the consent no longer covers stays."
-    folder, target, n, over = Path(folder), Path(target), 0, 0
+    folder, target, n, over = Path(folder), stick_folder(target), 0, 0
     withdrawn, holds = _withdrawn(folder), {digest_of(h) for h in _history(folder) if h['action'] == 'given' and h['when'] <= _now(now) < h['until']}
     with file_errors(target):
         target.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ __all__ = ['public_key', 'configure', 'setup_of', 'outbox_at', 'by_stick', 'mach
 import json, shutil, sys, threading, time
 from pathlib import Path
 import edgenb
-from ..core import EdgenbError, json_text, within
+from ..core import EdgenbError, json_text, stick_folder, within
 from .envelope import new_key, public_of
 from .outbox import Damaged, Outbox, export_files, https, import_acks, send, set_aside
 from .schema import UPDATE_STATES, Refused, is_hex
@@ -53,6 +53,7 @@ def outbox_at(root: str | Path, device: str   # its id
 
 def by_stick(box: Outbox, folder: str | Path) -> str:
     "Take the acknowledgement that a stick has brought, and write what waits."
+    stick_folder(folder)
     try: told = f'{import_acks(box, folder)} rows acknowledged and gone'
     except Refused: told = "the acknowledgement on the stick is damaged or not by this device's collector, and nothing was deleted"
     files = export_files(box, folder)

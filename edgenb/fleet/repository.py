@@ -60,6 +60,10 @@ class Outcome:
     published: dict   # role -> version that readers see now
     waiting: dict     # role -> what it still needs, in words
     def __str__(self): return 'published' if self.done else 'staged; waiting for ' + '; '.join(f'{r}: {w}' for r, w in self.waiting.items())
+    @property
+    def lack(self) -> str:
+        "Which keys have to be at hand."
+        return f"{', '.join(f'{r} needs {w}' for r, w in self.waiting.items())}; pass --keys FOLDER that holds them (edgenb keys list FOLDER shows what it holds)"
 
 # %% ../../nbs/fleet/repository.ipynb #a0c1a649
 class Repository:
@@ -80,7 +84,7 @@ class Repository:
         self.staged = self._read_staged()
         if self.timestamp:
             for role, signed in (('timestamp', self.timestamp), ('snapshot', self.snapshot)):
-                if not any(self._root(n).signed.get_verification_result(role, signed.signed_bytes, signed.signatures) for n in self.roots[-2:]): raise EdgenbError(f'{self.path}: {role}.json is not signed by the keys of its role: somebody changed it; restore the repository from a copy')
+                if not any(self._root(n).signed.get_verification_result(role, signed.signed_bytes, signed.signatures) for n in self.roots[-2:]): raise self._unsigned(signed, f'{role}.json')
 
     def _file(self, role, version):
         path = self.path/f'metadata/{version}.{role}.json'
@@ -91,12 +95,21 @@ class Repository:
 
     def _root(self, version): return self._file('root', version)
 
+    @property
+    def on_stick(self) -> bool:
+        "Is this an export? Its timestamp names no length of the snapshot, which may have been signed later."
+        return bool(self.timestamp) and self.timestamp.signed.snapshot_meta.length is None
+
+    def _unsigned(self, metadata, name):
+        if self.on_stick and not metadata.signatures: return EdgenbError(f'{self.path} is not signed yet: edgenb keys sign {self.path} --keys FOLDER, where the usb key is')
+        return EdgenbError(f'{self.path}: {name} is not signed by the keys of its role: somebody changed it; restore the repository from a copy')
+
     def published(self, role: str):   # Metadata
         "What readers see of a role, its signatures checked."
         if role not in self.versions: raise EdgenbError(f'{self.path} has published no {role} yet: it waits for signatures, see edgenb repository check')
         found = self._file(role, self.versions[role])
         ok = self._complete(role, found, self.published) if role != 'root' else all(self._complete('root', self._root(n), None) for n in self.roots)
-        if not ok: raise EdgenbError(f'{self.path}: {self.versions[role]}.{role}.json is not signed by the keys of its role: somebody changed it; restore the repository from a copy')
+        if not ok: raise self._unsigned(found, f'{self.versions[role]}.{role}.json')
         return found
 
     def newest(self, role: str):   # Metadata
@@ -126,6 +139,12 @@ class Repository:
         found = self.releases(staged=False).get(bundle)
         if found is None: raise EdgenbError(f'{self.path} has no release of the bundle {bundle[:12]}')
         return json.loads(self.target(found['target']).read_text(encoding='utf-8'))
+
+    def differences(self, target) -> set:   # digests of bundles
+        "From which bundles a release, published or staged, has a difference."
+        path = target.get_prefixed_paths()[0]
+        text = self.staged['targets'][path] if path in self.staged['targets'] else (self.path/'targets'/path).read_text(encoding='utf-8')
+        return {d['from'] for d in json.loads(text)['deltas']}
 
     def campaigns(self) -> dict:
         "The document of campaigns as it is published."
@@ -430,7 +449,7 @@ def set_campaigns(repository: Repository, document: dict, signers) -> Outcome:
             if wrong := [d for d in (c['release'], c.get('replaces')) if d and known[d]['name'] != c['name']]: raise EdgenbError(f"campaign {c['id']} is about {c['name']}, but {wrong[0][:12]} is {known[wrong[0]]['name']}:{known[wrong[0]]['version']}: devices would refuse it")
         metadata, targets = _campaign(repository, repository.published('campaign'), {}, json_text(document))
         outcome = _write_out(repository, {'campaign': metadata}, targets, signers)
-    if not outcome.done: raise EdgenbError(f'the campaigns are not signed: {outcome}')
+    if not outcome.done: raise EdgenbError(f'{repository.path}: the campaigns are not signed: {outcome.lack}')
     return outcome
 
 Repository.commit, Repository.publish, Repository.set_campaigns = commit, publish, set_campaigns
@@ -442,7 +461,7 @@ def refresh(repository: Repository, signers: list) -> Outcome:
         repository.reload()
         repository.published('targets')   # what is not there cannot be renewed
         outcome = _write_out(repository, {}, {}, signers)
-    if not outcome.done: raise EdgenbError(f'the online roles are not renewed: {outcome}')
+    if not outcome.done: raise EdgenbError(f'{repository.path}: the online roles are not renewed: {outcome.lack}')
     return outcome
 
 def renew(repository: Repository, role: str, signers: list = ()) -> Outcome:

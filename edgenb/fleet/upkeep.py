@@ -23,8 +23,9 @@ def client(folder: str | Path, memory: str | Path, bootstrap: bytes | None = Non
     from tuf.ngclient import Updater
     from tuf.ngclient.fetcher import FetcherInterface
     class Files(FetcherInterface):
+        last = 'metadata/1.root.json'
         def _fetch(self, url):
-            path = Path(url)
+            path = self.last = Path(url)
             if not path.is_file(): raise DownloadHTTPError(f'{path.name} is not there', 404)
             yield path.read_bytes()
     memory, folder = Path(memory), Path(folder)
@@ -41,7 +42,8 @@ class Finding:
 def check(repository: Repository) -> list:   # of Finding
     "Everything a device would check, and what will expire."
     from tuf.api.exceptions import DownloadError, RepositoryError
-    found, folder = [], repository.path
+    from edgenb.agent.trust import in_words
+    found, folder, u = [], repository.path, None
     with TemporaryDirectory() as memory:
         try:
             u = client(folder, memory)
@@ -50,15 +52,18 @@ def check(repository: Repository) -> list:   # of Finding
             found.append(Finding('a client of root 1', True, f'follows to root {repository.roots[-1]}, timestamp {repository.timestamp.signed.version}'))
             if u.get_targetinfo(DOCUMENT) is None: raise RepositoryError(f'{DOCUMENT} is not delegated')
             u.download_target(u.get_targetinfo(DOCUMENT))
-            serial = repository.campaigns()['serial']
-            found.append(Finding('campaigns', True, f"serial {serial}, {len(repository.campaigns()['campaigns'])} campaigns"))
+            campaigns = repository.campaigns()
+            found.append(Finding('campaigns', True, f"serial {campaigns['serial']}, {len(campaigns['campaigns'])} campaigns"))
+            named = {d for c in campaigns['campaigns'] for d in (c['release'], c.get('replaces'))}
             for d, r in sorted(repository.releases(staged=False).items(), key=lambda x: (x[1]['name'], x[1]['version'])):
                 info = u.get_targetinfo(f'releases/{d}.json')
                 if info is None: raise RepositoryError(f'release {d[:12]} is not found')
+                if repository.on_stick and not repository.target(r['target']).is_file():
+                    found.append(Finding(f"{r['name']}:{r['version']}", d not in named, 'is not on this stick' + (', but a campaign names it: export again' if d in named else ', and no campaign names it'))); continue
                 release = json.loads(Path(u.download_target(info)).read_text(encoding='utf-8'))
                 bad = [s for s, n in release_blobs(release).items() if not (p := folder/'blobs'/s[:2]/s).is_file() or p.stat().st_size != n or digest(p) != s]
                 found.append(Finding(f"{r['name']}:{r['version']}", not bad, f"{len(release_blobs(release))} blobs, {release['total_bytes']/1e6:,.1f} MB, {len(release['deltas'])} deltas" if not bad else f'{len(bad)} of {len(release_blobs(release))} blobs are missing or damaged, first {bad[0][:12]}: publish the bundle again'))
-        except (RepositoryError, DownloadError, EdgenbError, OSError, ValueError) as e: found.append(Finding('a client of root 1', False, f'refuses: {e}'))
+        except (RepositoryError, DownloadError, EdgenbError, OSError, ValueError) as e: found.append(Finding('a client of root 1', False, f"refuses: {in_words(e, u._fetcher.last if u else 'metadata/1.root.json')}"))
     return found + _expiries(repository) + [Finding('staged', False, f"{'; '.join(repository.staged['why'])}: waiting for {r}: {w}") for r, w in (_waiting(repository) if repository.staged['metadata'] else {}).items()]
 
 def _expiries(repository):
