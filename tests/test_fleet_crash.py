@@ -125,9 +125,9 @@ def here():
 
 @pytest.mark.parametrize('name', STORIES)
 def test_a_loss_of_power_at_any_moment_leaves_a_model_that_serves_and_an_agent_that_arrives(name, here):
-    tried, problems = explore(Story(name, here), 200, 100)
+    tried, problems = explore(Story(name, here), 120, 60)   # benchmarks/crash.py: all
     assert not problems, f'{len(problems)} of {tried}: {problems[:3]}'
-    assert tried >= 250
+    assert tried >= 150
 
 
 @pytest.mark.parametrize('kind', ['file', 'folder'])
