@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILE_ADVICE', 'MOUNTS', 'SETTINGS', 'ROOMS', 'EdgenbError', 'did_you_mean', 'within', 'file_errors', 'stick_folder',
-           'progress', 'Settings', 'settings', 'sync_folder', 'write_atomic', 'json_text', 'write_json', 'digest',
-           'digest_of', 'note_loaded', 'refuse_stale', 'reachable', 'code_digest', 'Card', 'Run', 'room']
+           'progress', 'Settings', 'settings', 'alone', 'sync_folder', 'write_atomic', 'json_text', 'write_json',
+           'digest', 'digest_of', 'note_loaded', 'refuse_stale', 'reachable', 'code_digest', 'Card', 'Run', 'room']
 
 # %% ../nbs/00_core.ipynb #0df08aeb
 import ast, configparser, contextlib, datetime, difflib, errno, functools, hashlib, importlib.metadata, importlib.util, io
@@ -122,6 +122,16 @@ def settings(start: str | Path = '.'  # look here and above
     return Settings(root=path.parent, **values | {'runs': path.parent/values.get('runs', 'runs')})
 
 # %% ../nbs/00_core.ipynb #02196530
+@contextlib.contextmanager
+def alone(folder: str | Path, seconds: float = 60):
+    "One process at a time in a folder; the lock is gone with the process. EdgenbError where another one has it for longer."
+    from filelock import FileLock, Timeout
+    lock = FileLock(Path(folder)/'.lock')
+    try: lock.acquire(timeout=seconds)
+    except Timeout: raise EdgenbError(f'another process works in {folder}: wait until it has finished') from None
+    try: yield
+    finally: lock.release()
+
 def sync_folder(path: Path):
     "Force a folder's entries to the disk (a no-op where the system cannot)."
     if os.name != 'posix': return

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['TOP', 'BIN', 'DOCUMENT', 'ISSUED', 'BINS', 'release_of', 'utc_now', 'parent', 'lasts', 'parse', 'key_name', 'Outcome',
-           'Repository', 'read_staged', 'sign_staged', 'describe_staged', 'merge_staged', 'locked', 'commit', 'create',
-           'publish', 'set_campaigns', 'refresh', 'renew']
+           'Repository', 'read_staged', 'sign_staged', 'describe_staged', 'merge_staged', 'commit', 'create', 'publish',
+           'set_campaigns', 'refresh', 'renew']
 
 # %% ../../nbs/fleet/repository.ipynb #3483d16f
 import copy, datetime, hashlib, json
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from ..core import EdgenbError, json_text, within, write_json
+from ..core import EdgenbError, alone, json_text, within, write_json
 from .delta import CHUNK, chunk_files, make_delta, write_file
 from .keys import ROLES, USB_MAY, Ring
 from ..ship import check_bundle
@@ -283,26 +283,16 @@ def _said(signed):
 def merge_staged(repository: Repository, path: str | Path):
     "Take over the signatures that a copy of staged.json has collected."
     theirs = read_staged(Path(path))['metadata']
-    with locked(repository.path):
+    with alone(repository.path):
         repository.reload()
         for role, m in repository.staged['metadata'].items():
             if role not in theirs or theirs[role].signed_bytes != m.signed_bytes: raise EdgenbError(f'{path} signs another state of {role} than is staged now: copy staged.json from the repository again, and have that signed')
             m.signatures.update(theirs[role].signatures)
         repository._write_staged()
 
-@contextmanager
-def locked(path: Path):
-    "One publisher at a time; the lock is gone with the process."
-    from filelock import FileLock, Timeout
-    lock = FileLock(path/'.lock')
-    try: lock.acquire(timeout=30)
-    except Timeout: raise EdgenbError(f'another process is publishing in {path}: wait until it has finished') from None
-    try: yield
-    finally: lock.release()
-
 def commit(repository: Repository, signers: list = ()) -> Outcome:
     "Sign what is staged with the keys at hand, and publish it if enough have signed."
-    with locked(repository.path):
+    with alone(repository.path):
         repository.reload()
         return _commit(repository, signers)
 
@@ -417,7 +407,7 @@ def publish(repository: Repository,
     "Stage the release of a bundle, sign it with the keys at hand, and publish it if they are enough."
     from tuf.api.metadata import TargetFile
     folder, manifest = Path(bundle), check_bundle(bundle)
-    with locked(repository.path):
+    with alone(repository.path):
         repository.reload()
         there, name = repository.releases(), manifest['name']
         taken = {r['version']: d for d, r in there.items() if r['name'] == name}
@@ -439,7 +429,7 @@ def publish(repository: Repository,
 def set_campaigns(repository: Repository, document: dict, signers) -> Outcome:
     "Publish the document of campaigns. Touches campaign, snapshot and timestamp, nothing else, and waits for nobody."
     signers = signers if isinstance(signers, (list, tuple)) else [signers]
-    with locked(repository.path):
+    with alone(repository.path):
         repository.reload()
         serial, known = repository.campaigns()['serial'], repository.releases(staged=False)
         document = {'edgenb_campaigns': 1, 'serial': serial + 1, 'issued': f'{repository.clock():%Y-%m-%dT%H:%M:%SZ}'} | document
@@ -457,7 +447,7 @@ Repository.commit, Repository.publish, Repository.set_campaigns = commit, publis
 # %% ../../nbs/fleet/repository.ipynb #79bf6776
 def refresh(repository: Repository, signers: list) -> Outcome:
     "Renew the signatures of the online roles. Publishes nothing new."
-    with locked(repository.path):
+    with alone(repository.path):
         repository.reload()
         repository.published('targets')   # what is not there cannot be renewed
         outcome = _write_out(repository, {}, {}, signers)
@@ -467,7 +457,7 @@ def refresh(repository: Repository, signers: list) -> Outcome:
 def renew(repository: Repository, role: str, signers: list = ()) -> Outcome:
     "Stage an offline role again, with a new expiry (`models` with all its bins); sign, and publish when enough have signed."
     if role not in ('root', 'targets', 'models'): raise EdgenbError(f'renew: {role} is no offline role; there are root, targets, models (refresh renews the others)')
-    with locked(repository.path):
+    with alone(repository.path):
         repository.reload()
         roles = [role, *(repository.newest('models').signed.delegations.succinct_roles.get_roles() if role == 'models' else ())]
         repository._stage({r: repository._next(r) for r in roles}, {}, f'renew {role}')

@@ -8,10 +8,10 @@ __all__ = ['export_usb', 'taken_along', 'describe_export', 'sign_export']
 # %% ../../nbs/fleet/stick.ipynb #7a3b213c
 import copy, datetime, hashlib, json
 from pathlib import Path
-from ..core import EdgenbError, stick_folder, within, write_atomic, write_json
+from ..core import EdgenbError, alone, stick_folder, within, write_atomic, write_json
 from .delta import release_blobs, store_blob, write_file
 from .keys import ROLES, USB_MAY
-from .repository import DOCUMENT, Outcome, Repository, key_name, locked, parse
+from .repository import DOCUMENT, Outcome, Repository, key_name, parse
 
 # %% ../../nbs/fleet/stick.ipynb #e11ba700
 def export_usb(repository: Repository,
@@ -25,7 +25,7 @@ def export_usb(repository: Repository,
     within('export_usb', 0.01, 10*365, valid_days=valid_days)
     folder = stick_folder(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder/'metadata/timestamp.json').is_file(): raise EdgenbError(f'{folder} is not empty and holds no earlier export: name a new folder on the stick')
-    with locked(repository.path):
+    with alone(repository.path):
         repository.reload()
         until = repository.clock() + datetime.timedelta(days=valid_days)
         there, targets = repository.releases(staged=False), repository.published('targets')

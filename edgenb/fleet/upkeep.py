@@ -11,10 +11,10 @@ import copy, datetime, json, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from ..core import EdgenbError, did_you_mean, digest
+from ..core import EdgenbError, alone, did_you_mean, digest
 from .delta import release_blobs
 from .keys import ROLES, USB_MAY, ceremony, unlock
-from .repository import BIN, DOCUMENT, TOP, Outcome, Repository, _commit, _waiting, create, key_name, lasts, locked, parent
+from .repository import BIN, DOCUMENT, TOP, Outcome, Repository, _commit, _waiting, create, key_name, lasts, parent
 
 # %% ../../nbs/fleet/upkeep.ipynb #49d9d078
 def client(folder: str | Path, memory: str | Path, bootstrap: bytes | None = None):   # a tuf Updater
@@ -90,7 +90,7 @@ def rotate(repository: Repository,
           ) -> Outcome:
     "Stage new keys for a role, sign with the keys at hand, and publish when enough have signed (TUF specification, 6.1)."
     if role not in ROLES: raise EdgenbError(f'rotate: there is no role {role}.{did_you_mean(role, ROLES)}')
-    with locked(repository.path):
+    with alone(repository.path):
         repository.reload()
         bins = list(repository.newest('models').signed.delegations.succinct_roles.get_roles())
         places = [('root', 'snapshot'), ('root', 'timestamp'), ('targets', 'campaign')] if role == 'usb' else [(parent(role) or 'root', role), *([('models', bins[0])] if role == 'models' else [])]
